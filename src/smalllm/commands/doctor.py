@@ -1,0 +1,134 @@
+"""`smalllm doctor`: is this installation whole, is this machine right, how fast is it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from smalllm import hardware
+from smalllm.config import UserError, load_recipe, recipe_names
+from smalllm.terminal import plain
+
+PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "pydantic", "cyclopts", "rich", "huggingface_hub", "pyarrow",
+            "starlette", "uvicorn", "matplotlib", "gguf", "tomli_w")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def doctor(*, json_output: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+    """Check packages, device arithmetic, number formats, disk, recipes, and a tiny training run from text to story.
+
+    Parameters
+    ----------
+    json_output
+        Print one JSON object to standard output.
+    """
+    findings = []
+    for examine in (packages, device, formats, compiler, disk, recipes, tiny_run):
+        for finding in _safely(examine):
+            findings.append(finding)
+            if not json_output:
+                print(plain(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<18} {finding.detail}"), flush=True)
+    healthy = all(finding.ok for finding in findings)
+    if json_output:
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        print("Everything works. Next: smalllm train" if healthy else "Something is wrong; see the lines with FAIL.")
+    return 0 if healthy else 1
+
+
+def _safely(examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check that breaks is a finding, not the end of the report."""
+    try:
+        yield from examine()
+    except Exception as error:  # whatever is broken here is what the user wants to read
+        yield Finding(examine.__name__, False, f"{type(error).__name__}: {error}")
+
+
+def packages() -> Iterator[Finding]:
+    missing = []
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing.append(f"{name} ({error})")
+    if missing:
+        yield Finding("packages", False, f"missing: {', '.join(missing)}; run: uv sync")
+    else:
+        yield Finding("packages", True, f"{len(PACKAGES)} there, torch {metadata.version('torch')}")
+
+
+def device() -> Iterator[Finding]:
+    chosen = hardware.pick_device()
+    errors = hardware.self_test(chosen)
+    yield Finding(
+        "device", True,
+        f"{hardware.device_name(chosen)} ({chosen}), {hardware.total_memory(chosen) / 2**30:.0f} GiB,"
+        f" largest arithmetic error {max(errors.values()):.1g}",
+    )  # fmt: skip
+
+
+def formats() -> Iterator[Finding]:
+    import torch
+
+    chosen = hardware.pick_device()
+    fast = ", ".join(str(dtype).removeprefix("torch.") for dtype in hardware.fast_dtypes(chosen)) or "none besides float32"
+    peaks = {name: hardware.peak_flops(chosen, dtype) / 1e9 for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    yield Finding("number formats", True, f"fast: {fast}; " + ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in peaks.items()))
+
+
+def compiler() -> Iterator[Finding]:
+    found = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+    yield Finding("C++ compiler", True, found or "none: training works, but torch.compile stays off on the CPU")
+
+
+def disk() -> Iterator[Finding]:
+    free = shutil.disk_usage(Path.cwd()).free
+    writable = os.access(Path.cwd(), os.W_OK)
+    detail = f"{free / 2**30:.1f} GiB free here" if writable else f"{Path.cwd()} cannot be written; change to a folder of yours"
+    yield Finding("disk", writable and free > 2**30, detail if free > 2**30 or not writable else f"{detail}: too little to train")
+
+
+def recipes() -> Iterator[Finding]:
+    names = recipe_names()
+    for name in names:
+        load_recipe(name)
+    yield Finding("recipes", True, ", ".join(names))
+
+
+def tiny_run() -> Iterator[Finding]:
+    """From text to a story in a temporary folder: prepare, preflight, a few steps, resume, sample."""
+    from smalllm.checkpoint import open_run
+    from smalllm.generation import Generator, SamplingParams
+    from smalllm.training.trainer import train
+
+    with tempfile.TemporaryDirectory(prefix="smalllm-doctor-") as folder:
+        config = load_recipe("quickstart", [
+            f"data.path={folder}/data", "data.source=storyworld:200", "data.vocab_size=512", "model.width=32", "model.heads=2",
+            "model.layers=2", "model.context=64", "train.minutes=0", "train.steps=8", "train.batch_tokens=256",
+            "train.sample_tokens=0", "train.compile=off", "train.precision=fp32",
+        ])  # fmt: skip
+        first = train(config, Path(folder) / "run")
+        second = train(config.replace(train={"steps": 12}), Path(folder) / "run")
+        run = open_run(Path(folder) / "run")
+        text = Generator(run.model, run.tokenizer).complete("Once", SamplingParams(max_tokens=8, temperature=0)).text
+        if second.step != 12 or not text:
+            raise UserError("a tiny run did not resume or told nothing")
+        yield Finding("tiny run", True, f"loss {first.valid_loss:.2f} -> {second.valid_loss:.2f}, resumed, told {len(text)} characters")

@@ -1,0 +1,30 @@
+"""`smalllm plot`: curves of runs as a picture and as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from smalllm.checkpoint import find_run
+from smalllm.plots import plot_runs, table
+
+
+def plot(
+    *runs: Annotated[str, Parameter(name="RUN", show_default=False)],
+    out: Annotated[Path | None, Parameter(name="--out")] = None,
+) -> None:
+    """Draw training loss, validation bits per byte and learning rate.
+
+    Parameters
+    ----------
+    runs
+        Run folders or names; left out, the newest run.
+    out
+        A .png, .svg or .pdf; left out, curve.png in the first run's folder.
+    """
+    folders = [find_run(run)[0].path for run in (runs or (None,))]
+    for folder in folders:
+        print(table(folder), end="\n\n")
+    print(f"drawn in {plot_runs(folders, out or folders[0] / 'curve.png')}")

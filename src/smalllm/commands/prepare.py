@@ -1,0 +1,147 @@
+"""`smalllm prepare`: turn text into a dataset folder. Only words and bars are here; the work is `data.prepare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from smalllm.data.prepare import PrepareProgress, PrepareResult
+from smalllm.data.prepare import prepare as prepare_dataset
+
+KEYS = (
+    "out",
+    "train_documents",
+    "valid_documents",
+    "train_tokens",
+    "valid_tokens",
+    "train_bytes",
+    "valid_bytes",
+    "vocab_size",
+    "bytes_per_token",
+    "seconds",
+    "megabytes_per_second",
+    "duplicates",
+    "empty",
+    "reused",
+    "fingerprint",
+)
+STAGES = {"read": "reading documents", "tokenizer": "learning the vocabulary", "encode": "encoding"}
+
+
+def prepare(
+    *sources: Annotated[str, Parameter(name="SOURCE", show_default=False)],
+    out: Annotated[Path, Parameter(name="--out")],
+    vocab_size: Annotated[int, Parameter(name="--vocab-size")] = 4096,
+    tokenizer: Annotated[Path | None, Parameter(name="--tokenizer")] = None,
+    valid: Annotated[str | None, Parameter(name="--valid")] = None,
+    valid_fraction: Annotated[float | None, Parameter(name="--valid-fraction")] = None,
+    num_files: Annotated[int | None, Parameter(name="--num-files")] = None,
+    sample_rate: Annotated[float, Parameter(name="--sample-rate")] = 1.0,
+    limit: Annotated[int | None, Parameter(name="--limit")] = None,
+    seed: Annotated[int, Parameter(name="--seed")] = 42,
+    workers: Annotated[int | None, Parameter(name="--workers")] = None,
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Turn text into a dataset: documents, validation split, vocabulary, token shards.
+
+    Parameters
+    ----------
+    sources
+        storyworld[:STORIES], tinystories, hf://datasets/OWNER/NAME[/FILE], a file, a folder, a glob
+        (.txt .jsonl .csv .parquet .json .gz), or - for standard input. In .txt a line <|endoftext|> separates documents;
+        without one, a file is a document, and a single long document is cut at paragraphs.
+    out
+        The dataset folder to make.
+    vocab_size
+        Pieces of the vocabulary to learn.
+    tokenizer
+        A SentencePiece .model to use instead of learning one.
+    valid
+        A source of validation documents; their copies are kept out of training.
+    valid_fraction
+        The fraction of documents held out for validation [default: the source's own validation, else 0.02].
+    num_files
+        Take the first N files of a folder, glob, repository or archive.
+    sample_rate
+        Keep this fraction of the documents.
+    limit
+        Stop after N documents.
+    seed
+        Decides the split, the sample and the order.
+    workers
+        Threads that encode [default: one for each core]; the result does not depend on it.
+    json_output
+        Print one JSON object to standard output.
+    """
+    console = Console(stderr=True)
+    report, finish = _bars(console) if console.is_terminal else (_lines(console), lambda: None)
+    try:
+        result = prepare_dataset(
+            sources,
+            out,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            valid=valid,
+            valid_fraction=valid_fraction,
+            num_files=num_files,
+            sample_rate=sample_rate,
+            limit=limit,
+            seed=seed,
+            workers=workers,
+            progress=report,
+        )
+    finally:
+        finish()
+    if json_output:
+        print(json.dumps({key: dataclasses.asdict(result)[key] for key in KEYS}))
+    else:
+        print(_summary(result))
+
+
+def _bars(console: Console) -> tuple[Callable[[PrepareProgress], None], Callable[[], None]]:
+    """A live bar for each stage, and what ends them."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    bars = Progress(*columns, console=console, transient=True)
+    bars.start()
+    tasks = {stage: bars.add_task(words, total=None, start=False) for stage, words in STAGES.items()}
+
+    def report(state: PrepareProgress) -> None:
+        bars.start_task(tasks[state.stage])
+        bars.update(tasks[state.stage], completed=state.done_bytes, total=state.total_bytes)
+
+    return report, bars.stop
+
+
+def _lines(console: Console) -> Callable[[PrepareProgress], None]:
+    """A plain line at each stage and every ten seconds."""
+    last: dict[str, float] = {}
+
+    def report(state: PrepareProgress) -> None:
+        if state.seconds - last.get(state.stage, -10.0) >= 10.0:
+            last[state.stage] = state.seconds
+            console.print(Text(f"{STAGES[state.stage]}: {state.documents:,} documents, {state.done_bytes / 1e6:.1f} MB"))
+
+    return report
+
+
+def _summary(result: PrepareResult) -> str:
+    out = "".join(character for character in result.out if character.isprintable())
+    lines = [
+        f"{'unchanged: ' if result.reused else ''}{out}",
+        f"  train       {result.train_documents:,} documents, {result.train_tokens:,} tokens",
+        f"  validation  {result.valid_documents:,} documents, {result.valid_tokens:,} tokens",
+        f"  vocabulary  {result.vocab_size:,} pieces, {result.bytes_per_token:.2f} bytes per token",
+    ]
+    if result.duplicates or result.empty:
+        lines.append(f"  left out    {result.duplicates:,} copies of validation documents, {result.empty:,} empty documents")
+    if not result.reused:
+        lines.append(f"  speed       {result.megabytes_per_second:.1f} MB/s, {result.seconds:.1f} s")
+    return "\n".join([*lines, f"next: smalllm train --data {out}"])

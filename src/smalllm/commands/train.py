@@ -1,0 +1,230 @@
+"""`smalllm train`: what a run looks like while it learns. The work is `training.trainer`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from smalllm.config import RunConfig, load_recipe
+from smalllm.data.prepare import PrepareProgress
+from smalllm.metrics import Record
+from smalllm.terminal import plain
+from smalllm.training.trainer import Summary
+from smalllm.training.trainer import train as train_run
+
+STAGES = {"read": "reading documents", "tokenizer": "learning the vocabulary", "encode": "encoding"}
+
+
+def train(
+    *words: Annotated[str, Parameter(name="RECIPE section.key=value", show_default=False)],
+    data: Annotated[Path | None, Parameter(name="--data")] = None,
+    out: Annotated[Path | None, Parameter(name="--out")] = None,
+    minutes: Annotated[float | None, Parameter(name="--minutes")] = None,
+    fresh: Annotated[bool, Parameter(name="--fresh", negative="")] = False,
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Train a model, or continue a run that was stopped.
+
+    Parameters
+    ----------
+    words
+        A recipe (a name, or a TOML file; default quickstart) and settings such as train.steps=100 optim.lr=3e-4.
+    data
+        A folder made by `smalllm prepare`; left out, the recipe's own data, prepared first when it is missing.
+    out
+        The run folder; left out, runs/NAME.
+    minutes
+        Wall-clock budget; the run plans its steps to end on time.
+    fresh
+        Start again; an old run is moved aside.
+    json_output
+        Print one JSON object to standard output, everything else to standard error.
+    """
+    config = settings(words, data, minutes)
+    console = Console(stderr=json_output)
+    display = Bars(console, config) if console.is_terminal else Lines(console, config)
+    command = "smalllm train " + " ".join(words)
+    try:
+        summary = train_run(config, out, fresh=fresh, display=display, progress=display.preparing, command=command)
+    finally:
+        display.close()
+    if json_output:
+        print(json.dumps(_json(summary)))
+    else:
+        closing(console, summary)
+    return {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}.get(summary.stopped_because, 0)
+
+
+def settings(words: tuple[str, ...], data: Path | None, minutes: float | None) -> RunConfig:
+    """The run's settings from the words of the command line; an option wins over the same key as a word."""
+    recipe, overrides = "quickstart", list(words)
+    if words and "=" not in words[0]:
+        recipe, overrides = words[0], list(words[1:])
+    if data is not None:
+        overrides.append(f"data.path={data}")
+    if minutes is not None:
+        overrides.append(f"train.minutes={minutes}")
+    return load_recipe(recipe, overrides)
+
+
+def _json(summary: Summary) -> dict[str, Any]:
+    values = dataclasses.asdict(summary)
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+class Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self.console = console
+        self.said: str = ""
+        self.note(heading(config))
+
+    def preparing(self, state: PrepareProgress) -> None:
+        if state.stage != self.said:
+            self.said = state.stage
+            self.note(f"data: {STAGES[state.stage]}")
+
+    def progress(self, record: Record) -> None:
+        self.console.print(Text(line(record)), soft_wrap=True)
+
+    def story(self, step: int, prompt: str, text: str) -> None:
+        self.console.print(Text.assemble((f"[step {step}] ", "dim"), (plain(prompt), "bold"), plain(text)), soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        self.console.print(Text(plain(message)), soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Bars(Lines):
+    """A live bar with the figures of the last logged step; stories scroll by above it."""
+
+    def __init__(self, console: Console, config: RunConfig) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), Figures(), console=console, expand=True
+        )
+        super().__init__(console, config)
+        self.task = self.bars.add_task("preparing", total=1.0, figures="")
+        self.bars.start()
+
+    def preparing(self, state: PrepareProgress) -> None:
+        share = min(1.0, state.done_bytes / state.total_bytes) if state.total_bytes else 0.0
+        self.bars.update(self.task, description=STAGES[state.stage], completed=share, figures=f"{state.documents} documents")
+
+    def progress(self, record: Record) -> None:
+        self.bars.update(
+            self.task, description=f"step {record['step']}", completed=record["progress"], figures=figures(record)
+        )
+
+    def note(self, message: str) -> None:
+        self.bars.console.print(Text(plain(message), "dim"))
+
+    def story(self, step: int, prompt: str, text: str) -> None:
+        story = Text.assemble((f"{_step(step)}  ", "cyan"), (plain(prompt), "bold"), plain(text).replace("\n", " "))
+        self.bars.console.print(story)
+        self.bars.console.print()
+
+    def close(self) -> None:
+        self.bars.stop()
+
+
+class Figures(ProgressColumn):
+    """Text at the right of the bar."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("figures", ""))
+
+
+def heading(config: RunConfig) -> str:
+    model, train = config.model, config.train
+    length = " or ".join(
+        part for part in (f"{train.steps} steps" if train.steps else "", f"{train.minutes:g} minutes" if train.minutes else "") if part
+    )
+    return (
+        f"{config.name}: {model.layers} layers x {model.width} wide, context {model.context}, {model.architecture} shape,"
+        f" {config.optim.kind}, {train.batch_tokens} tokens a step, {length}"
+    )
+
+
+def figures(record: Record) -> str:
+    """What stands beside the bar: loss, bits per byte, speed, MFU, memory, time left."""
+    parts = []
+    if record.get("train_loss") is not None:
+        parts.append(f"loss {record['train_loss']:.3f}")
+    if record.get("valid_bits_per_byte") is not None:
+        parts.append(f"{record['valid_bits_per_byte']:.3f} bits/byte")
+    if "tokens_per_second" in record:
+        parts.append(f"{_thousands(record['tokens_per_second'])} tokens/s")
+        parts.append(f"MFU {record['mfu']:.0%}")
+        parts.append(f"{record['memory_bytes'] / 2**30:.1f} GiB")
+    if math.isfinite(record.get("eta_seconds", math.nan)):
+        parts.append(f"ETA {_clock(record['eta_seconds'])}")
+    return "  ".join(parts)
+
+
+def line(record: Record) -> str:
+    return f"{_step(record['step'])}  {record['progress']:4.0%}  {figures(record)}"
+
+
+def closing(console: Console, summary: Summary) -> None:
+    """How it went, a whole story, the curve, and what to do next."""
+    run = Path(summary.run)
+    console.print(Text(f"\n{outcome(summary)}"), soft_wrap=True)
+    if summary.stopped_because.startswith("SIG"):
+        console.print(Text(f"The run is saved; go on with the same command, or read: smalllm sample {run}"), soft_wrap=True)
+        return
+    console.print(Text(f"\n{last_story(run)}\n"), soft_wrap=False)
+    console.print(Text(f"The curve is in {draw(run)}"), soft_wrap=True)
+    console.print(Text(f"Next: smalllm chat {run}     (more stories: smalllm sample {run} --count 3)"), soft_wrap=True)
+
+
+def outcome(summary: Summary) -> str:
+    words = [
+        f"{summary.run}: step {summary.step}, {_thousands(summary.tokens)} tokens in {_clock(summary.seconds)}"
+        f" ({_thousands(summary.tokens_per_second)} tokens/s, MFU {summary.mfu:.0%}); stopped because of: {summary.stopped_because}."
+    ]
+    if math.isfinite(summary.valid_loss):
+        words.append(f"On held-out stories: {summary.valid_bits_per_byte:.4f} bits per byte.")
+    if summary.floor_bits_per_byte:
+        excess = summary.valid_bits_per_byte / summary.floor_bits_per_byte - 1
+        words.append(f"The exact entropy of this corpus, which no model can beat, is {summary.floor_bits_per_byte:.4f}: {excess:.1%} above it.")
+    return " ".join(words)
+
+
+def last_story(run: Path) -> str:
+    from smalllm.checkpoint import open_run
+    from smalllm.generation import Generator, SamplingParams
+
+    loaded = open_run(run)
+    completion = Generator(loaded.model, loaded.tokenizer).complete("Once upon a time", SamplingParams(max_tokens=300, seed=7))
+    return plain(completion.prompt + completion.text)
+
+
+def draw(run: Path) -> Path:
+    from smalllm.plots import plot_runs
+
+    return plot_runs([run], run / "curve.png")
+
+
+def _step(step: int) -> str:
+    return f"step {step:>6}"
+
+
+def _thousands(number: float) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 1e6 else f"{number / 1e3:.1f}k" if number >= 1e4 else f"{number:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(max(0.0, seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

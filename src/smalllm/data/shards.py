@@ -1,0 +1,372 @@
+"""Token shards on disk and the manifest that vouches for them; it knows nothing of text, sources or training.
+
+A dataset folder:
+
+    manifest.json                          written last: a folder without one is not a dataset
+    tokenizer.model
+    train-00000.bin ...  valid-00000.bin   raw little-endian uint16 (uint32 above 65,536 pieces), <s> tokens </s> per document
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from smalllm.config import UserError
+from smalllm.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+SHARD_TOKENS = 50_000_000  # 100 MB of uint16
+CHUNK_TOKENS = 1 << 20
+REMAKE = "delete the folder and run `smalllm prepare` again"
+
+_SEEK_LOCK = threading.Lock()
+
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Part of a manifest: frozen, of a closed schema, strict about types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ShardRecord(Record):
+    """One file of tokens. Its name cannot leave the folder."""
+
+    file: Annotated[str, Field(pattern=r"^(train|valid)-[0-9]{5}\.bin$")]
+    tokens: Count
+    documents: Count
+    sha256: Digest
+
+
+class SplitRecord(Record):
+    """One side of the data. `text_bytes` counts the UTF-8 bytes of the documents, markers not included;
+    `text_sha256` is over each document's UTF-8 text followed by a NUL byte (validation only)."""
+
+    documents: Count
+    tokens: Count
+    text_bytes: Count
+    text_sha256: Digest | None = None
+    shards: list[ShardRecord]
+
+    @model_validator(mode="after")
+    def _sums(self) -> Self:
+        if self.tokens != sum(shard.tokens for shard in self.shards):
+            raise ValueError("tokens must be the sum over the shards")
+        if self.documents != sum(shard.documents for shard in self.shards):
+            raise ValueError("documents must be the sum over the shards")
+        return self
+
+
+class InputRecord(Record):
+    """One file that was read: its name without folders, size and SHA-256."""
+
+    name: str
+    bytes: Count
+    sha256: Digest
+
+
+class Manifest(Record):
+    """What the folder holds and what made it. `settings` are the arguments of prepare that decide the content."""
+
+    version: Literal[1] = 1
+    created_with: str = Field(default_factory=lambda: f"smalllm {version('smalllm')}")
+    sources: list[str]
+    inputs: list[InputRecord]
+    settings: dict[str, str | int | float | None]
+    seed: int
+    vocab_size: Annotated[int, Field(ge=1)]
+    dtype: Literal["uint16", "uint32"]
+    tokenizer_fingerprint: Digest
+    bos_id: Count
+    eos_id: Count
+    train: SplitRecord
+    valid: SplitRecord
+
+    @model_validator(mode="after")
+    def _dtype_fits(self) -> Self:
+        if self.dtype != token_dtype(self.vocab_size):
+            raise ValueError(f"dtype must be {token_dtype(self.vocab_size)} for a vocabulary of {self.vocab_size}")
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON without `created_with`: equal data made by two versions is equal."""
+        content = self.model_dump(mode="json", exclude={"created_with"})
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json atomically, with its own fingerprint, so that a damaged manifest is noticed."""
+        content = {**self.model_dump(mode="json"), "fingerprint": self.fingerprint}
+        temporary = folder / f".{MANIFEST}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / MANIFEST)
+        sync_folder(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read and check manifest.json; UserError names the file and the damage."""
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            fingerprint = content.pop("fingerprint", None)
+            manifest = cls.model_validate(content)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); make the dataset with `smalllm prepare`") from None
+        except ValidationError as error:
+            place = ".".join(map(str, error.errors()[0]["loc"])) or "manifest"
+            raise UserError(f"{path} is damaged ({place}: {error.errors()[0]['msg']}); {REMAKE}") from None
+        except (ValueError, AttributeError, RecursionError):
+            raise UserError(f"{path} is damaged (not a JSON object in UTF-8); {REMAKE}") from None
+        if fingerprint != manifest.fingerprint:
+            raise UserError(f"{path} is damaged (its content does not match its fingerprint); {REMAKE}")
+        return manifest
+
+
+class TokenSplit:
+    """The tokens of one side of a dataset, as one long sequence over all its shards. Reading is thread-safe.
+
+    Files are read with pread, because a memory map of a file that someone truncates ends the process.
+    """
+
+    def __init__(self, name: str, folder: Path, record: SplitRecord, manifest: Manifest) -> None:
+        self.name = name
+        self.tokens = record.tokens
+        self.documents = record.documents
+        self.text_bytes = record.text_bytes
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._limit, self._bos, self._eos = manifest.vocab_size, manifest.bos_id, manifest.eos_id
+        self._paths = [folder / shard.file for shard in record.shards]
+        self._starts = np.cumsum([0, *(shard.tokens for shard in record.shards)])
+        self._files: list[int] = []
+        weakref.finalize(self, _close_files, self._files)
+        self._files.extend(_open_file(path) for path in self._paths)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start ... start + count - 1 as (count,) in the stored dtype.
+
+        Raises UserError for a shard that has shrunk or holds an id outside the vocabulary.
+        """
+        if start < 0 or count < 0 or start + count > self.tokens:
+            raise IndexError(f"tokens {start} to {start + count} of {self.name}, which has {self.tokens}")
+        result = np.empty(count, self.dtype)
+        filled = 0
+        while filled < count:
+            shard = int(np.searchsorted(self._starts, start + filled, side="right")) - 1
+            offset = start + filled - int(self._starts[shard])
+            size = min(count - filled, int(self._starts[shard + 1]) - start - filled)
+            result[filled : filled + size] = self._read_shard(shard, offset, size)
+            filled += size
+        return result
+
+    def iterate_documents(self) -> Iterator[np.ndarray]:
+        """Every document in stored order, from its begin to its end token, in constant memory."""
+        pending = np.empty(0, self.dtype)
+        for start in range(0, self.tokens, CHUNK_TOKENS):
+            chunk = np.concatenate([pending, self.read(start, min(CHUNK_TOKENS, self.tokens - start))])
+            ends = np.flatnonzero(chunk == self._eos) + 1
+            documents = np.split(chunk, ends)
+            pending = documents.pop()
+            for document in documents:
+                self._check_document(document)
+                yield document
+        if len(pending):
+            raise UserError(f"split {self.name} ends inside a document; {REMAKE}")
+
+    def _read_shard(self, shard: int, offset: int, count: int) -> np.ndarray:
+        wanted = count * self.dtype.itemsize
+        data = read_at(self._files[shard], offset * self.dtype.itemsize, wanted)
+        if len(data) != wanted:
+            raise UserError(f"{self._paths[shard]} ended early: {len(data)} of {wanted} bytes at token {offset}; {REMAKE}")
+        tokens = np.frombuffer(data, self.dtype)
+        if count and int(tokens.max()) >= self._limit:
+            self._refuse_id(shard, offset, tokens)
+        return tokens
+
+    def _refuse_id(self, shard: int, offset: int, tokens: np.ndarray) -> None:
+        place = int(np.argmax(tokens >= self._limit))
+        raise UserError(
+            f"{self._paths[shard]} holds id {tokens[place]} at token {offset + place}, "
+            f"outside the vocabulary of {self._limit}; {REMAKE}"
+        )
+
+    def _check_document(self, document: np.ndarray) -> None:
+        if document[0] != self._bos:
+            raise UserError(f"split {self.name} holds a document that does not begin with id {self._bos}; {REMAKE}")
+
+
+class TokenDataset:
+    """A folder of token shards whose files are what the manifest says."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.fingerprint = manifest.fingerprint
+        self.train = TokenSplit("train", folder, manifest.train, manifest)
+        self.valid = TokenSplit("valid", folder, manifest.valid, manifest)
+
+    @classmethod
+    def open(cls, folder: Path, *, verify: bool = True) -> TokenDataset:
+        """Open a dataset. Sizes are always checked, SHA-256 of every file with `verify`.
+
+        Raises UserError that names the file and the damage.
+        """
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        width = np.dtype(manifest.dtype).itemsize
+        for shard in [*manifest.train.shards, *manifest.valid.shards]:
+            _check_size(folder / shard.file, shard.tokens * width)
+            if verify:
+                _check_digest(folder / shard.file, shard.sha256)
+        if verify:
+            _check_digest(folder / TOKENIZER, manifest.tokenizer_fingerprint)
+        return cls(folder, manifest)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens; UserError when the file is another one."""
+        tokenizer = Tokenizer.load(self.folder / TOKENIZER)
+        if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
+            raise UserError(f"{self.folder / TOKENIZER} is not the tokenizer that made this dataset; {REMAKE}")
+        return tokenizer
+
+
+class ShardWriter:
+    """Writes one split: documents in, shard files and their records out.
+
+    A shard has its final name only when it is whole and on disk. Documents are never cut between shards.
+    """
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, *, shard_tokens: int = SHARD_TOKENS) -> None:
+        self._folder, self._split, self._limit, self._shard_tokens = folder, split, vocab_size, shard_tokens
+        self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
+        self._records: list[ShardRecord] = []
+        self._begin()
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append one document, (tokens,) integers from begin to end; ids outside the vocabulary are our own bug."""
+        assert len(ids) and int(ids.min()) >= 0 and int(ids.max()) < self._limit, "id outside the vocabulary"
+        if self._tokens and self._tokens + len(ids) > self._shard_tokens:
+            self._finish()
+            self._begin()
+        data = ids.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._tokens += len(ids)
+        self._documents += 1
+
+    def close(self) -> list[ShardRecord]:
+        """Finish the last shard; the records of all shards in order."""
+        if self._tokens:
+            self._finish()
+        else:
+            self.abandon()
+        return self._records
+
+    def abandon(self) -> None:
+        """Drop the shard in progress."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        self._name = f"{self._split}-{len(self._records):05d}.bin"
+        self._temporary = self._folder / f".{self._name}.tmp"
+        self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by _finish or abandon)
+        self._hash = hashlib.sha256()
+        self._tokens = self._documents = 0
+
+    def _finish(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._folder / self._name)
+        record = ShardRecord(
+            file=self._name, tokens=self._tokens, documents=self._documents, sha256=self._hash.hexdigest()
+        )
+        self._records.append(record)
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The smallest stored type that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the system can (Windows cannot open folders)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_at(file: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes of a file descriptor at `offset`; fewer only where the file ends. Thread-safe."""
+    parts: list[bytes] = []
+    while size > 0 and (part := _pread(file, size, offset)):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return b"".join(parts)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} is missing or cannot be read ({error.strerror}); {REMAKE}") from None
+    if size != expected:
+        change = "truncated" if size < expected else "grown"
+        raise UserError(f"{path} is {change}: {size} bytes where the manifest says {expected}; {REMAKE}")
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    try:
+        digest = file_sha256(path)
+    except OSError as error:
+        raise UserError(f"{path} is missing or cannot be read ({error.strerror}); {REMAKE}") from None
+    if digest != expected:
+        raise UserError(f"{path} has changed: its SHA-256 is not the one in the manifest; {REMAKE}")
+
+
+def _open_file(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise UserError(f"{path} is missing or cannot be read ({error.strerror}); {REMAKE}") from None
+
+
+def _close_files(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _pread(file: int, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file, size, offset)
+    with _SEEK_LOCK:  # Windows has no pread
+        os.lseek(file, offset, os.SEEK_SET)
+        return os.read(file, size)

@@ -1,0 +1,635 @@
+"""Documents as an iterator: built-in stories, files of several formats, standard input, the Hugging Face hub.
+
+It knows nothing of tokens, splits or training, and it is the only module that talks to a hub. Everything streams: memory
+holds one document and a buffer, whatever the size of the file.
+
+What a document is:
+
+    .txt      the text between lines that are exactly `<|endoftext|>`; without such a line, the whole file. Newlines at both
+              ends of a document are dropped, all else is kept. A file that reaches 8 million characters without a separator
+              is cut at blank lines into passages of 2,000 characters and more.
+    .jsonl    each line: a string, or an object with `text`, `story` or `content`
+    .json     one such value, several, or one array of them
+    .csv      rows of the column `text`, `story` or `content`, or of the only column; the first row is the header
+    .parquet  the same columns
+    .gz       any of the text formats, compressed; .tar.gz: each member in turn, never unpacked on disk
+
+Text must be UTF-8; a byte order mark is dropped; documents of nothing but white space are skipped and counted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import gzip
+import hashlib
+import json
+import re
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from smalllm.config import UserError
+
+CHUNK_BYTES = 1 << 20
+SEPARATOR = re.compile(r"^<\|endoftext\|>\r?$\n?", re.MULTILINE)
+BLANK_LINES = re.compile(r"(?:\r?\n){2,}")
+BORDERS = (BLANK_LINES, re.compile(r"\n"), re.compile(r"(?<=[.!?])\s"), re.compile(r"\s"))
+FIELDS = ("text", "story", "content")
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+READABLE = (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES[:-1]), ".tar.gz", ".tgz")
+PASSAGE_CHARACTERS = 2_000
+UNSEPARATED_CHARACTERS = 8_000_000
+LONGEST_DOCUMENT = 1 << 28  # characters; a compressed bomb must end as an error
+HEAD_BYTES = 8192
+DEFAULT_STORIES = 100_000
+HELD_OUT_START = 1_000_000_000  # validation stories of storyworld are numbered from here, whatever the size of training
+TINYSTORIES = "hf://datasets/roneneldan/TinyStories/TinyStoriesV2-GPT4-{}.txt"
+INSTEAD = "use `storyworld`, which is built in, or give a local file"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An origin of documents. `name` identifies it without folders of this machine; `validation` names its official
+    validation source, if it has one."""
+
+    name: str
+    paths: tuple[Path, ...] = ()
+    stories: range | None = None
+    validation: str | None = None
+    members: int | None = None  # of each archive, the first so many
+
+
+@dataclass
+class Counts:
+    """What became of the documents of a source."""
+
+    read: int = 0
+    empty: int = 0
+    left_out: int = 0  # by sample_rate
+
+    @property
+    def kept(self) -> int:
+        return self.read - self.empty - self.left_out
+
+
+@dataclass
+class _Text:
+    """Collects one document over many chunks."""
+
+    name: str
+    parts: list[str] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, part: str) -> None:
+        self.parts.append(part)
+        self.size += len(part)
+        if self.size > LONGEST_DOCUMENT:
+            raise UserError(_too_long(self.name))
+
+    def take(self) -> str:
+        text = "".join(self.parts)
+        self.parts, self.size = [], 0
+        return text
+
+
+def _too_long(name: str) -> str:
+    return (
+        f"{name} holds a line or document of more than {LONGEST_DOCUMENT} characters; "
+        "separate its documents with lines <|endoftext|>"
+    )
+
+
+# -- the whole of it
+
+
+def documents(
+    source: str | Source,
+    *,
+    num_files: int | None = None,
+    sample_rate: float = 1.0,
+    limit: int | None = None,
+    seed: int = 42,
+    counts: Counts | None = None,
+) -> Iterator[str]:
+    """The documents of a source in its own order.
+
+    `sample_rate` keeps a document by a hash of (seed, its number), `limit` ends after so many kept ones, `num_files` takes
+    the first files of a folder, glob, hub repository or archive. Raises UserError for anything that cannot be read.
+    """
+    _check_selection(sample_rate, limit, num_files)
+    source = open_source(source, num_files=num_files) if isinstance(source, str) else source
+    counts = Counts() if counts is None else counts
+    for text in _read(source, seed):
+        counts.read += 1
+        if not text or text.isspace():
+            counts.empty += 1
+        elif sample_rate < 1.0 and not _sampled(seed, counts.read - 1, sample_rate):
+            counts.left_out += 1
+        else:
+            yield text
+            if counts.kept == limit:
+                return
+    if counts.kept == 0:
+        raise UserError(_nothing(source, counts, sample_rate))
+
+
+def open_source(source: str, *, num_files: int | None = None) -> Source:
+    """Find what a SOURCE word names, downloading from the hub what is not in its cache; UserError when there is none."""
+    _check_selection(1.0, None, num_files)
+    word, _, rest = source.partition(":")
+    if word == "storyworld" or source == "-":
+        if num_files is not None:
+            raise UserError(f"num_files={num_files} does not apply to the source {source}; leave it out or use limit")
+        return Source("-") if source == "-" else _storyworld(rest)
+    if source == "tinystories":
+        return _hub_source("tinystories", TINYSTORIES.format("train"), num_files, TINYSTORIES.format("valid"))
+    if source.startswith("hf://"):
+        return _hub_source(source, source, num_files, None)
+    return Source(Path(source).name or "folder", tuple(_local_paths(source)[:num_files]), members=num_files)
+
+
+def passages(text: str, size: int = PASSAGE_CHARACTERS) -> list[str]:
+    """Cut a long text into pieces of `size` to 2 * `size` characters at the best border there: blank line, line,
+    sentence, word, else anywhere. Newlines at the cuts are dropped."""
+    pieces, start = [], 0
+    while len(text) - start > 2 * size:
+        end = _border(text, start + size, start + 2 * size)
+        pieces.append(text[start:end])
+        start = end
+    pieces.append(text[start:])
+    return [piece for piece in (piece.strip("\r\n") for piece in pieces) if piece]
+
+
+def _border(text: str, low: int, high: int) -> int:
+    found = (border.search(text, low, high) for border in BORDERS)
+    return next((match.end() for match in found if match), high)
+
+
+def _check_selection(sample_rate: float, limit: int | None, num_files: int | None) -> None:
+    if not 0.0 < sample_rate <= 1.0:
+        raise UserError(f"sample_rate={sample_rate} must be above 0 and at most 1; use 1 for all documents")
+    for name, value in (("limit", limit), ("num_files", num_files)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1; leave it out for everything")
+
+
+def _sampled(seed: int, index: int, rate: float) -> bool:
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < rate * 2.0**64
+
+
+def _nothing(source: Source, counts: Counts, sample_rate: float) -> str:
+    if counts.left_out:
+        return f"sample_rate={sample_rate} keeps none of the {counts.left_out} documents of {source.name}; raise it"
+    if source.paths and not any(path.stat().st_size for path in source.paths):
+        return f"source {source.name} is empty (0 bytes); give a source with text"
+    return f"source {source.name} holds no text ({counts.empty} empty documents); give a source with text"
+
+
+# -- where the bytes are
+
+
+def _read(source: Source, seed: int) -> Iterator[str]:
+    if source.name == "-":
+        yield from _read_text(sys.stdin.buffer, "standard input")
+    elif source.stories is not None:
+        from smalllm.data.storyworld import stories
+
+        yield from stories(seed=seed, start=source.stories.start, count=len(source.stories))
+    for path in source.paths:
+        yield from _read_path(path, source.members)
+
+
+def _storyworld(rest: str) -> Source:
+    """`storyworld[:STORIES[@START]]`; its validation stories are as many as 2 % of it."""
+    match = re.fullmatch(r"(\d{1,9})(?:@(\d{1,12}))?", rest or str(DEFAULT_STORIES))
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"source storyworld:{rest} needs a number of stories from 1, as in storyworld:{DEFAULT_STORIES}")
+    count, start = int(match[1]), int(match[2] or 0)
+    name = f"storyworld:{count}" + (f"@{start}" if start else "")
+    return Source(name, stories=range(start, start + count), validation=f"storyworld:{count // 50 + 1}@{HELD_OUT_START}")
+
+
+def _local_paths(source: str) -> list[Path]:
+    """The files of a path, folder (all below it) or glob, sorted by name."""
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return _readable(source, [file for file in path.rglob("*") if not _hidden(file.relative_to(path))])
+        if path.exists():
+            return [_check_suffix(path)]
+        if glob.has_magic(source):
+            return _readable(source, [Path(name) for name in glob.glob(source, recursive=True)])
+    except (OSError, ValueError) as error:
+        raise UserError(f"source {source[:200]!r} cannot be read ({error}); give another path") from None
+    raise UserError(
+        f"source {source[:200]} does not exist; give a file, a folder, a glob, `storyworld`, `tinystories` "
+        "or hf://datasets/OWNER/NAME"
+    )
+
+
+def _readable(source: str, files: list[Path]) -> list[Path]:
+    found = sorted(file for file in files if file.name.endswith(READABLE) and file.is_file())
+    if not found:
+        raise UserError(f"source {source} holds no text files; it must hold files ending in {', '.join(SUFFIXES)} or .gz")
+    return found
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _check_suffix(path: Path) -> Path:
+    if not path.name.lower().endswith(READABLE):
+        raise UserError(f"{path} has an unknown format; rename or convert it to one of {', '.join(SUFFIXES)}, or .gz of them")
+    return path
+
+
+# -- the formats
+
+
+def _read_path(path: Path, members: int | None) -> Iterator[str]:
+    name = path.name.lower()
+    try:
+        if name.endswith((".tar.gz", ".tgz")):
+            yield from _read_archive(path, members)
+        elif name.endswith(".parquet"):
+            yield from _read_parquet(path)
+        else:
+            with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as stream:
+                yield from _read_stream(cast(BinaryIO, stream), str(path))
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+        raise UserError(f"{path} is damaged ({error}); get it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file and its permissions") from None
+
+
+def _read_stream(stream: BinaryIO, name: str) -> Iterator[str]:
+    match Path(name.lower().removesuffix(".gz")).suffix:
+        case ".jsonl":
+            return _read_json_lines(stream, name)
+        case ".json":
+            return _read_json(stream, name)
+        case ".csv":
+            return _read_csv(stream, name)
+        case _:
+            return _read_text(stream, name)
+
+
+def _read_archive(path: Path, members: int | None) -> Iterator[str]:
+    """Each text file of a .tar.gz in turn. Names of members appear in messages only."""
+    with tarfile.open(path, mode="r|gz") as archive:
+        number = 0
+        for member in archive:
+            base = member.name.rpartition("/")[2]
+            if not member.isfile() or base.startswith(".") or not base.endswith(SUFFIXES[:-1]):
+                continue
+            if members is not None and number == members:
+                return
+            number += 1
+            stream = archive.extractfile(member)
+            assert stream is not None
+            yield from _read_stream(cast(BinaryIO, stream), f"{path}:{member.name[:200]}")
+
+
+def _characters(stream: BinaryIO, name: str) -> Iterator[str]:
+    """Decode UTF-8 chunk by chunk; UserError names the first byte that is not."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    while chunk := stream.read(CHUNK_BYTES):
+        if position == 0:
+            _check_head(chunk, name)
+        text = _decode(decoder, chunk, position, name)
+        yield text.removeprefix("\ufeff") if position == 0 else text
+        position += len(chunk)
+    _decode(decoder, b"", position, name, final=True)
+
+
+def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, position: int, name: str, final: bool = False) -> str:
+    pending = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(chunk, final)
+    except UnicodeDecodeError as error:
+        offset, byte = position - pending + error.start, error.object[error.start]
+        raise UserError(
+            f"{name} is not UTF-8 at byte offset {offset} (0x{byte:02X}); convert it, as in `iconv -f LATIN1 -t UTF-8`"
+        ) from None
+
+
+def _check_head(chunk: bytes, name: str) -> None:
+    head = chunk[:HEAD_BYTES]
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{name} is a Git LFS pointer, not the data; run `git lfs pull` or download the file itself")
+    if b"\0" in head and not name.lower().removesuffix(".gz").endswith((".csv", ".json", ".jsonl")):
+        raise UserError(f"{name} is a binary file (byte 0 at offset {head.index(0)}); give text in UTF-8")
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    r"""Lines with their "\n", and only "\n" ends one; a line of 100 MB costs no more than its length."""
+    pending = _Text(name)
+    for chunk in _characters(stream, name):
+        *lines, rest = chunk.split("\n")
+        for line in lines:
+            pending.add(line)
+            yield pending.take() + "\n"
+        pending.add(rest)
+    if pending.size:
+        yield pending.take()
+
+
+def _line_blocks(stream: BinaryIO, name: str) -> Iterator[str]:
+    """The text in blocks that end with a line's end, except the last; much faster than single lines."""
+    pending = _Text(name)
+    for chunk in _characters(stream, name):
+        whole, newline, rest = chunk.rpartition("\n")
+        if newline:
+            pending.add(whole + newline)
+            yield pending.take()
+        pending.add(rest)
+    yield pending.take()
+
+
+def _read_text(stream: BinaryIO, name: str) -> Iterator[str]:
+    pending, separated, cutting = _Text(name), False, False
+    for block in _line_blocks(stream, name):
+        first, *others = SEPARATOR.split(block)
+        pending.add(first)
+        for other in others:
+            yield from _finished(pending.take(), cutting)
+            pending.add(other)
+            separated, cutting = True, False
+        if not separated and pending.size > UNSEPARATED_CHARACTERS:
+            *whole, rest = _cut_at_blank_lines(pending.take())
+            yield from whole
+            pending.add(rest)
+            cutting = True
+    if text := pending.take().strip("\r\n"):
+        yield from _finished(text, cutting)
+
+
+def _finished(text: str, cutting: bool) -> list[str]:
+    """A document without the newlines at its ends, or the last passages of a file that is being cut."""
+    return [part.strip("\r\n") for part in (_cut_at_blank_lines(text) if cutting else [text])]
+
+
+def _cut_at_blank_lines(text: str) -> list[str]:
+    """Passages of at least PASSAGE_CHARACTERS; the last one may go on in the text that follows."""
+    pieces, start = [], 0
+    while match := BLANK_LINES.search(text, start + PASSAGE_CHARACTERS):
+        pieces.append(text[start : match.start()].strip("\r\n"))
+        start = match.end()
+    return [*pieces, text[start:]]
+
+
+def _read_json_lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(stream, name), start=1):
+        if not line.isspace():
+            place = f"{name} line {number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                raise UserError(f"{place} is not JSON; write one object or string per line") from None
+            yield _text_of(value, place)
+
+
+def _read_json(stream: BinaryIO, name: str) -> Iterator[str]:
+    for number, value in enumerate(_json_values(stream, name), start=1):
+        yield _text_of(value, f"{name} value {number}")
+
+
+def _json_values(stream: BinaryIO, name: str) -> Iterator[Any]:
+    """The items of a top-level array, or the values that follow one another, parsed from a buffer that moves along."""
+    chunks = _characters(stream, name)
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    buffer, ended = "", False
+    start, array = 0, False
+    while True:
+        start = cast(re.Match[str], space.match(buffer, start)).end()
+        if not array and buffer[start : start + 1] == "[":
+            start, array = start + 1, True
+            continue
+        if array and buffer[start : start + 1] == "]":
+            return
+        try:
+            value, start = decoder.raw_decode(buffer, start)
+            yield value
+            continue
+        except (ValueError, RecursionError):
+            if ended and not array and start == len(buffer):
+                return
+            if len(buffer) - start > LONGEST_DOCUMENT:
+                raise UserError(_too_long(name)) from None
+            if ended:
+                raise UserError(f"{name} is not whole JSON; give an array, or one object or string per line") from None
+        more = _at_least(chunks, len(buffer) - start, name)
+        buffer, start, ended = buffer[start:] + more, 0, not more
+
+
+def _at_least(chunks: Iterator[str], size: int, name: str) -> str:
+    """The next chunks, `size` characters and more: doubling the buffer keeps a long value linear in time."""
+    text = _Text(name)
+    for chunk in chunks:
+        text.add(chunk)
+        if text.size >= size:
+            break
+    return text.take()
+
+
+def _text_of(value: Any, place: str) -> str:
+    """The text of a JSON value; "" for null."""
+    if isinstance(value, dict):
+        value = value.get(_text_field(list(value), place), "")
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{place} has a {type(value).__name__} where its text should be; give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place} has a lone surrogate (character {error.start}), not valid Unicode; remove it") from None
+    return value
+
+
+def _text_field(names: list[str], place: str) -> str:
+    for name in FIELDS:
+        if name in names:
+            return name
+    if len(names) == 1:
+        return names[0]
+    found = ", ".join(map(str, names[:8])) or "none"
+    raise UserError(f"{place} has no field {', '.join(FIELDS[:-1])} or {FIELDS[-1]} (found: {found}); rename one")
+
+
+def _read_csv(stream: BinaryIO, name: str) -> Iterator[str]:
+    csv.field_size_limit(LONGEST_DOCUMENT)
+    rows = csv.reader(_lines(stream, name), strict=True)
+    header = next(rows, None)
+    if header is None:
+        return
+    column = header.index(_text_field(header, name))
+    try:
+        for row in rows:
+            if row and column >= len(row):
+                raise UserError(f"{name} line {rows.line_num} has {len(row)} columns and its header {len(header)}; mend it")
+            yield row[column] if row else ""
+    except csv.Error as error:
+        raise UserError(f"{name} line {rows.line_num} is not CSV ({error}); mend or convert it") from None
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow  # type: ignore[import-untyped]  # here, because it is slow to import
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            column = _text_field(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    yield _text_of(value, str(path))
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{path} is not a readable parquet file ({reason}); get it again") from None
+
+
+# -- the hub
+
+
+@dataclass(frozen=True)
+class _HubFile:
+    """What the hub says of a file: size in bytes, and SHA-256 if it is a large file."""
+
+    name: str
+    size: int | None
+    sha256: str | None
+
+
+def _hub_source(name: str, address: str, num_files: int | None, validation: str | None) -> Source:
+    """Download (or find in the cache) the files of hf://datasets/OWNER/NAME[/FILE]; FILE may hold * and ?."""
+    match = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)(?:/(.+))?", address.rstrip("/"))
+    if match is None:
+        raise UserError(f"source {address} must look like hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/FILE")
+    paths = tuple(_hub_paths(match[1], match[2], num_files))
+    return Source(name, paths, validation=validation, members=num_files)
+
+
+def _hub_paths(repo: str, pattern: str | None, num_files: int | None) -> list[Path]:
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        listing = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True).siblings or []
+    except Exception as error:
+        return _cached_paths(repo, pattern, num_files, error)
+    files = {item.rfilename: _HubFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None) for item in listing}
+    return [_download(repo, files[name]) for name in _choose(repo, pattern, list(files))[:num_files]]
+
+
+def _download(repo: str, file: _HubFile) -> Path:
+    import huggingface_hub
+
+    try:
+        path = Path(huggingface_hub.hf_hub_download(repo, file.name, repo_type="dataset"))
+    except Exception as error:
+        raise UserError(_hub_sentence(error, f"{repo}/{file.name}")) from None
+    if damage := _damage(path, file):
+        path.resolve().unlink(missing_ok=True)  # or every later run would find it in the cache
+        path.unlink(missing_ok=True)
+        raise UserError(f"the download of {repo}/{file.name} is damaged ({damage}); run it again, or {INSTEAD}")
+    return path
+
+
+def _damage(path: Path, file: _HubFile) -> str | None:
+    """What is wrong with a downloaded file, if anything."""
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        return f"{size} bytes instead of {file.size}"
+    with open(path, "rb") as stream:
+        head = stream.read(256).lstrip().lower()
+        if head.startswith((b"<!doctype html", b"<html")):
+            return "it is a web page, perhaps of a network login"
+        if head.startswith(b"version https://git-lfs"):
+            return "it is a Git LFS pointer"
+        stream.seek(0)
+        if file.sha256 and hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
+            return "its SHA-256 is not the one the hub gives"
+    return None
+
+
+def _choose(repo: str, pattern: str | None, names: list[str]) -> list[str]:
+    """The files of a repository that match FILE; without it the parquet shards of train, else its other train files."""
+    readable = sorted(name for name in names if name.lower().endswith(READABLE))
+    if pattern is not None:
+        if chosen := [name for name in readable if name == pattern or fnmatchcase(name, pattern)]:
+            return chosen
+        raise UserError(f"dataset {repo} has no readable file {pattern}; it has {', '.join(readable[:8]) or 'none at all'}")
+    training = [name for name in readable if not re.search(r"valid|test|dev\b", name.lower())] or readable
+    training = [name for name in training if "train" in name.lower()] or training
+    if chosen := [name for name in training if name.endswith(".parquet")] or training:
+        return chosen
+    raise UserError(f"dataset {repo} has no file of a known format; give one that has {', '.join(SUFFIXES)}")
+
+
+def _cached_paths(repo: str, pattern: str | None, num_files: int | None, error: Exception) -> list[Path]:
+    """Without the hub, the files of its cache; where the hub refused, or the cache has none, the error in a sentence."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import CacheNotFound
+
+    cached: dict[str, Path] = {}
+    try:
+        repos = [] if _refused(error) else huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        repos = []
+    for found in repos:
+        if found.repo_id == repo and found.repo_type == "dataset":
+            for revision in sorted(found.revisions, key=lambda revision: revision.last_modified):
+                cached.update({_name_in(revision.snapshot_path, file.file_path): file.file_path for file in revision.files})
+    if not cached:
+        raise UserError(_hub_sentence(error, repo)) from None
+    return [cached[name] for name in _choose(repo, pattern, list(cached))[:num_files]]
+
+
+def _name_in(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _refused(error: Exception) -> bool:
+    from huggingface_hub.errors import HFValidationError
+
+    return isinstance(error, HFValidationError) or _status(error) in (401, 403, 404)
+
+
+def _hub_sentence(error: Exception, what: str) -> str:
+    """One sentence for what the hub's client raised: what failed, why, what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    status = _status(error)
+    if isinstance(error, HFValidationError):
+        reason = "not a name that the hub allows"
+    elif isinstance(error, OfflineModeIsEnabled):
+        reason = "HF_HUB_OFFLINE is set and it is not in the cache"
+    elif status == 404:
+        reason = "the hub has no such dataset or file"
+    elif status in (401, 403):
+        reason = "the hub says it does not exist or needs a login: set HF_TOKEN if you have access"
+    elif status is not None:
+        reason = f"the hub answered with status {status}"
+    elif isinstance(error, (ValueError, TypeError)):
+        reason = f"{constants.ENDPOINT} did not answer like a hub, perhaps a network login page"
+    else:
+        reason = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+    return f"cannot download {what}: {reason}; {INSTEAD}"

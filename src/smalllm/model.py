@@ -1,0 +1,280 @@
+"""A decoder-only GPT in one file: norms, positions, cache, attention, MLP, block, GPT.
+
+Pre-norm transformer with RoPE or learned positions, RMSNorm or LayerNorm, SwiGLU or GELU, optional QK-norm and
+grouped key/value heads (Vaswani 2017, Radford 2019, Su 2021, Zhang & Sennrich 2019, Shazeer 2020, Ainslie 2023,
+Henry 2020). The file knows nothing about text, devices, precision or training; shapes stand at the ends of lines:
+B batch, T positions, C width, H heads, G key/value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from smalllm.config import ModelConfig
+
+NORM_EPS = 1e-5
+
+
+# ── norms ──
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    match config.norm:
+        case "rmsnorm":
+            return nn.RMSNorm(width, eps=NORM_EPS)
+        case "layernorm":
+            return nn.LayerNorm(width, eps=NORM_EPS, bias=config.bias)
+
+
+# ── positions ──
+
+
+def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position x frequency, each [context, head_width / 2], float32 (Su et al., arXiv 2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+    angles = torch.outer(torch.arange(context, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, H, T, D] by cos and sin, [T, D/2] or [B, 1, T, D/2]: the half-split form of transformers."""
+    low, high = x.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+# ── cache ──
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for every layer and row: two tensors [layers, B, G, capacity, D].
+
+    Rows may be filled to different lengths: prefill right-padded prompts, then set ``lengths`` to the true ones;
+    what lies beyond a row's length is masked and overwritten. ``extent`` is the greatest length, a plain number, so
+    that reading it never waits for a device.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, *, capacity: int | None = None,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.capacity = min(capacity or config.context, config.context)
+        shape = (config.layers, batch, config.key_value_heads, self.capacity, config.head_width)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
+        self.extent = 0
+
+    def positions(self, new: int) -> Tensor:
+        """Positions [B, T] that the next ``new`` tokens of each row take."""
+        return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
+
+    def advance(self, new: int) -> None:
+        self.lengths += new
+        self.extent += new
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Declare how many positions of each row are real (after prefilling right-padded prompts)."""
+        self.lengths.copy_(torch.tensor(lengths))
+        self.extent = max(lengths)
+
+    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, G, T, D] at positions [B, T]; returns all of them up to the extent."""
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        self.keys[layer][rows, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[layer][rows, :, positions] = values.transpose(1, 2).to(self.values.dtype)
+        end = self.extent + positions.shape[1]
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+# ── attention ──
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads; query, key and value are one matrix."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.heads, self.kv_heads, self.head_width = config.heads, config.key_value_heads, config.head_width
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=config.bias)
+        self.out = nn.Linear(config.width, config.width, bias=config.bias)
+        self.q_norm = make_norm(config, self.head_width) if config.qk_norm else None
+        self.k_norm = make_norm(config, self.head_width) if config.qk_norm else None
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.project(x, rope)
+        if cache is not None and positions is not None:
+            fresh = cache.extent == 0
+            keys, values = cache.write(self.layer, positions, k, v)
+            y = self.attend(q, k, v, None) if fresh else self.attend(q, keys, values, _visible(positions, keys.shape[2]))
+        else:
+            y = self.attend(q, k, v, None)
+        return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, D], keys and values [B, G, T, D], normed and rotated."""
+        B, T, _ = x.shape
+        groups = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2).split(groups, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        """softmax(q k' / sqrt(D)) v, causal where ``visible`` [B, 1, T, keys] is None."""
+        k, v = k.to(q.dtype), v.to(q.dtype)
+        if self.heads != self.kv_heads:
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None)
+
+
+def _visible(positions: Tensor, keys: int) -> Tensor:
+    """Which keys a query at a position may see: [B, 1, T, keys], true up to and including its own position."""
+    return (torch.arange(keys, device=positions.device) <= positions[:, :, None])[:, None]
+
+
+# ── MLP ──
+
+
+class MLP(nn.Module):
+    """GELU (tanh form) or SwiGLU; the gate and the value of SwiGLU are one matrix, gate first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated, self.dropout = config.activation == "swiglu", config.dropout
+        self.up = nn.Linear(config.width, config.hidden_width * (2 if self.gated else 1), bias=config.bias)
+        self.down = nn.Linear(config.hidden_width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, value = self.up(x).chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = F.gelu(self.up(x), approximate="tanh")
+        return F.dropout(self.down(hidden), self.dropout, self.training)
+
+
+# ── block ──
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config, config.width)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = make_norm(config, config.width)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache, positions)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ── GPT ──
+
+
+class GPT(nn.Module):
+    """ids [B, T] -> logits [B, T, V]. Weights are drawn from torch's default generator: seed it first."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vocab_size > 0, "vocab_size is taken from the data before the model is made"
+        self.config = config
+        self.recompute = False
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = make_norm(config, config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.tie()
+        self.rebuild_tables()
+        self.initialize()
+
+    def tie(self) -> None:
+        """Let the head read the embedding (again after weights were assigned from outside)."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def rebuild_tables(self) -> None:
+        """Compute what is not a weight: the RoPE tables (again after a model was made on the meta device)."""
+        if self.config.positions == "rope":
+            cos, sin = rope_tables(self.config.context, self.config.head_width, self.config.theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Normal weights; output projections zero, so that every block starts as the identity (Zhang et al., Fixup,
+        arXiv 1901.09321). A tied embedding is small enough that a token does not predict itself: the first loss
+        is ln(vocab_size) within 2 %."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("embedding", "head")):
+                nn.init.normal_(parameter, std=min(0.02, 4.0 / self.config.width))
+            else:
+                nn.init.normal_(parameter, std=0.02 if name.startswith("position") else self.config.width**-0.5)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The normed residual stream [B, T, C] that the head reads. With a cache, ids continue what it holds."""
+        if cache is None:
+            positions, where = None, torch.arange(ids.shape[1], device=ids.device)
+            end = ids.shape[1]
+        else:
+            positions = where = cache.positions(ids.shape[1])
+            end = cache.extent + ids.shape[1]
+        if end > (cache.capacity if cache else self.config.context):
+            raise ValueError(f"{end} positions do not fit into a context of {cache.capacity if cache else self.config.context}")
+        x = self.embedding(ids)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(where)
+        x = F.dropout(x, self.config.dropout, self.training)
+        rope = self._rope(where)
+        for block in self.blocks:
+            if self.recompute and self.training:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache, positions)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.norm(x)
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.positions != "rope":
+            return None
+        cos, sin = self.cos[positions], self.sin[positions]
+        return (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.head(self.hidden(ids, cache))
+
+    # sizes and costs
+
+    def parameters_count(self) -> int:
+        """Parameters, a tied matrix counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def embedding_parameters(self) -> int:
+        """Parameters of the token and position embeddings and of an untied head: the rest is the body."""
+        own = ("embedding.", "position_embedding.", "head.")
+        return sum(parameter.numel() for name, parameter in self.named_parameters() if name.startswith(own))
+
+    def flops_per_token(self, context: int | None = None) -> int:
+        """Floating-point operations of a training step per token: 6 per weight that multiplies (the head included,
+        look-ups not) plus causal attention, 6 x layers x width x context (PaLM, arXiv 2204.02311, appendix B, halved)."""
+        body = self.parameters_count() - self.embedding_parameters() + self.head.weight.numel()
+        return 6 * body + 6 * self.config.layers * self.config.width * (context or self.config.context)

@@ -1,0 +1,125 @@
+"""Where and in which precision a run computes: device, autocast, loss scaling, ranks, seeds, compilation.
+
+The only module that knows torch.distributed; models and losses are written as for one device in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager as ContextManager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from smalllm import hardware
+from smalllm.config import UserError
+from smalllm.model import GPT
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a run. ``rank`` of ``world`` computes its share of every step."""
+
+    device: torch.device
+    precision: Precision
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return DTYPES[self.precision]
+
+    def autocast(self) -> ContextManager[Any]:
+        """Matrix products in ``dtype``; weights and sums stay float32."""
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, self.dtype)
+
+    def make_scaler(self) -> torch.amp.GradScaler | None:
+        """Loss scaling (Micikevicius et al., arXiv 1710.03740): only fp16 needs it."""
+        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+
+    def peak_flops(self) -> float:
+        return hardware.peak_flops(self.device, self.dtype)
+
+    def synchronize(self) -> None:
+        hardware.synchronize(self.device)
+
+
+def make_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
+    """Probe the device and choose the precision: bf16 where it is fast, fp16 with loss scaling on other GPUs, else fp32."""
+    chosen = hardware.pick_device(device)
+    hardware.self_test(chosen)
+    return Runtime(chosen, pick_precision(chosen, precision))
+
+
+def pick_precision(device: torch.device, wish: str) -> Precision:
+    fast = hardware.fast_dtypes(device)
+    match wish:
+        case "auto":
+            return "bf16" if torch.bfloat16 in fast else "fp16" if torch.float16 in fast and device.type == "cuda" else "fp32"
+        case "bf16" if device.type == "cuda" and torch.bfloat16 not in fast:
+            raise UserError(f"train.precision = bf16: {hardware.device_name(device)} has no bf16; use precision=fp16 or auto")
+        case "fp32" | "bf16" | "fp16":
+            return wish
+    raise UserError(f"train.precision = {wish} is not one of auto, fp32, bf16, fp16")
+
+
+def seed_everything(*parts: int) -> int:
+    """Seed torch's generators (CPU and devices) from numbers such as (seed, step, micro-batch): randomness is a function
+    of where training stands, so that a resumed run draws what the uninterrupted one drew."""
+    seed = int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+    torch.manual_seed(seed)
+    return seed
+
+
+def set_deterministic(device: torch.device) -> None:
+    """Same seed, same bits: deterministic kernels; on CUDA cuBLAS needs a fixed workspace as well."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+
+
+def compile_blocks(model: GPT, wish: str, worthwhile: bool, device: torch.device) -> tuple[bool, str]:
+    """Compile each block in place (names do not change). Returns whether, and one line why not."""
+    if wish == "off" or (wish == "auto" and not worthwhile):
+        return False, "off in the settings" if wish == "off" else "the run is too short to earn the compile time back"
+    if device.type == "mps":
+        return False, "torch.compile does not pay on Apple GPUs"
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return False, "there is no C++ compiler here (g++); install one to train faster"
+    for block in model.blocks:
+        block.compile()
+    return True, ""
+
+
+def forget_compiled(model: GPT) -> None:
+    """Fall back to eager execution for good, after a compiler error."""
+    for block in model.blocks:
+        block._compiled_call_impl = None
+
+
+def pick_micro_batch(model: GPT, runtime: Runtime, batch_tokens: int, memory_gb: float) -> int:
+    """Sequences per forward pass: as many as fit into half of the memory, and on a CPU into what its caches like."""
+    context = model.config.context
+    sequences = batch_tokens // context
+    budget = memory_gb * 1e9 or 0.5 * hardware.total_memory(runtime.device)
+    fixed = 16 * model.parameters_count()
+    per_token = 4 * model.config.layers * (12 * model.config.width + 3 * model.config.hidden_width)
+    fits = max(1, int((budget - fixed) // (per_token * context)))
+    likes = max(1, 4096 // context) if runtime.device.type == "cpu" else max(1, 32_768 // context)
+    return min(sequences, fits, likes)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled modules as plain ones: evaluation and sampling meet many shapes and must not recompile."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

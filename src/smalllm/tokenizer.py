@@ -1,0 +1,279 @@
+"""SentencePiece BPE with byte fallback: text to ids and back, without loss.
+
+It knows nothing of conversations, datasets or models. It is the only module that imports SentencePiece.
+
+SentencePiece writes a space as U+2581, drops U+2585 when it trains and takes much memory for one very long text.
+So a text is cut at U+2581, whose three bytes are emitted as byte pieces, and long texts are cut before a space, where no
+piece can reach across. Decoding never asks SentencePiece: every id stands for fixed bytes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from smalllm.config import UserError
+
+UNK, BOS, EOS = 0, 1, 2
+SPACE_MARK = "\u2581"
+REPLACEMENT = "\ufffd".encode()
+FIXED_PIECES = 3 + 256  # <unk>, <s>, </s> and one piece for each byte
+MAX_PIECES = 1 << 20
+LONGEST_PART = 1 << 16  # characters given to SentencePiece at once: bounds its memory on a 100 MB line
+LONGEST_SENTENCE = 1 << 13  # characters; SentencePiece fails on words beyond 65,535 characters
+TRAINING_THREADS = 4  # a constant, because SentencePiece writes it into the model
+
+# A second normalizer_spec, merged over the first by protobuf: add_dummy_prefix = 0, remove_extra_whitespaces = 0.
+KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
+
+
+class Tokenizer:
+    """A vocabulary. `decode(encode(text)) == text` for every text that UTF-8 can express.
+
+    >>> tokenizer = Tokenizer.train(["the cat sat on the mat\\n"] * 9, vocab_size=280)
+    >>> tokenizer.decode(tokenizer.encode_document("a  cat\\n<s>"))
+    'a  cat\\n<s>'
+    """
+
+    bos_id = BOS
+    eos_id = EOS
+
+    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
+        """Read a serialized SentencePiece model; `name` stands in the UserError for one that cannot serve."""
+        self.model_bytes = model
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model + KEEP_SPACES)
+            self.vocab_size: int = self._processor.vocab_size()
+            _check_special(self._processor)
+            self._bytes = _byte_table(self._processor)
+            self._byte_ids = _byte_ids(self._processor)
+            self._check_lossless()
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error) if isinstance(error, ValueError) else "it is not a SentencePiece model"
+            raise UserError(f"bad tokenizer {name}: {reason}; train one with `smalllm prepare`") from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn a vocabulary of exactly `vocab_size` pieces; the same texts give the same bytes.
+
+        Raises UserError when the texts need more pieces or cannot fill so many, naming the nearest possible size.
+        """
+        if not FIXED_PIECES < vocab_size <= MAX_PIECES:
+            raise UserError(
+                f"vocab_size={vocab_size} is not possible: choose from {FIXED_PIECES + 1} to {MAX_PIECES} "
+                "(256 bytes, 3 special pieces and the characters of the text)"
+            )
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(texts),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,  # the real size is checked below
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                required_chars=f"\n{SPACE_MARK}",  # without a piece for it, a space would come back as U+2581
+                unk_id=UNK,
+                bos_id=BOS,
+                eos_id=EOS,
+                pad_id=-1,
+                max_sentence_length=8 * LONGEST_SENTENCE,  # bytes; longer sentences would be dropped in silence
+                num_threads=TRAINING_THREADS,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise UserError(_training_failure(str(error), vocab_size)) from None
+        tokenizer = cls(model.getvalue())
+        if tokenizer.vocab_size != vocab_size:
+            raise UserError(
+                f"vocab_size={vocab_size} is larger than this text allows: "
+                f"the largest possible value is {tokenizer.vocab_size}, so lower it or give more text"
+            )
+        return tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a SentencePiece .model file; UserError when it is missing, damaged or would lose text."""
+        try:
+            return cls(Path(path).read_bytes(), str(path))
+        except OSError as error:
+            raise UserError(f"bad tokenizer {path}: {error.strerror}; give a SentencePiece .model file") from None
+
+    def save(self, path: Path) -> None:
+        """Write the model atomically: the file is whole or absent."""
+        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(self.model_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without begin and end; special words such as "</s>" in the text stay text."""
+        _check_unicode(text)
+        ids: list[int] = []
+        for part in _parts(text):
+            if part[0] == SPACE_MARK:
+                ids.extend(self._byte_ids[byte] for byte in part.encode())
+            else:
+                ids.extend(self._processor.encode(part))
+        return ids
+
+    def encode_document(self, text: str) -> list[int]:
+        """The ids of a whole document: begin, text, end."""
+        return [BOS, *self.encode(text), EOS]
+
+    def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        """`[encode(text) for text in texts]` on several threads; the result does not depend on their number."""
+        plain = [text for text in texts if _is_plain(text)]
+        for text in plain:
+            _check_unicode(text)
+        encoded = iter(self._processor.encode(plain, num_threads=threads)) if plain else iter(())
+        return [next(encoded) if _is_plain(text) else self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids. Begin and end give nothing, bytes that are not UTF-8 give U+FFFD."""
+        return b"".join([self.bytes_of(id) for id in ids]).decode("utf-8", "replace")
+
+    def bytes_of(self, id: int) -> bytes:
+        """The bytes that one token adds to the text; UserError for an id outside the vocabulary."""
+        if not 0 <= id < self.vocab_size:
+            raise UserError(f"token id {id} is outside the vocabulary of {self.vocab_size}; use the run's own tokenizer")
+        return self._bytes[id]
+
+    def piece(self, id: int) -> str:
+        """SentencePiece's spelling of a token, such as "▁the" or "<0x0A>"."""
+        self.bytes_of(id)
+        return str(self._processor.id_to_piece(int(id)))
+
+    def _check_lossless(self) -> None:
+        probe = " A  \u00e9 e\u0301\t\u2460\r\n\ufb01 \u3000 \x00 0 "
+        if self.decode(self._processor.encode(probe)) != probe:
+            raise ValueError("it changes text (normalization), so text would not come back as it was")
+
+
+class StreamDecoder:
+    """Text from ids as they come, in whole UTF-8 characters: the pieces joined equal `decode` of all ids.
+
+    >>> tokenizer = Tokenizer.train(["the cat sat on the mat\\n"] * 9, vocab_size=280)
+    >>> decoder = StreamDecoder(tokenizer)
+    >>> [decoder.push(id) for id in tokenizer.encode("é")] + [decoder.finish()]
+    ['', 'é', '']
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """The characters that this token completes, often none or several."""
+        return self._decoder.decode(self._tokenizer.bytes_of(id))
+
+    def finish(self) -> str:
+        """What an unfinished character leaves behind: "" or U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _check_special(processor: sentencepiece.SentencePieceProcessor) -> None:
+    special = (processor.unk_id(), processor.bos_id(), processor.eos_id())
+    if special != (UNK, BOS, EOS):
+        raise ValueError(f"its special ids (unk, bos, eos) are {special} and must be {(UNK, BOS, EOS)}")
+    if not FIXED_PIECES <= processor.vocab_size() <= MAX_PIECES:
+        raise ValueError(f"it has {processor.vocab_size()} pieces and must have {FIXED_PIECES} to {MAX_PIECES}")
+
+
+def _byte_table(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]:
+    """The bytes of every id."""
+    return [_piece_bytes(processor, id) for id in range(processor.vocab_size())]
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, id: int) -> bytes:
+    piece: str = processor.id_to_piece(id)
+    if processor.is_byte(id):
+        return bytes([int(piece[3:5], 16)])
+    if processor.is_control(id):
+        return b""
+    return REPLACEMENT if processor.is_unknown(id) else piece.replace(SPACE_MARK, " ").encode()
+
+
+def _byte_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int]:
+    """The id of each of the 256 byte pieces."""
+    ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    missing = [byte for byte, id in enumerate(ids) if not processor.is_byte(id)]
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of the 256 byte pieces (first: <0x{missing[0]:02X}>)")
+    return ids
+
+
+def _check_unicode(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise UserError(
+            f"text has the lone surrogate U+{code:04X} at character {error.start}, which is not valid Unicode; remove it"
+        ) from None
+
+
+def _is_plain(text: str) -> bool:
+    """Can SentencePiece take this text as it is?"""
+    return len(text) <= LONGEST_PART and SPACE_MARK not in text
+
+
+def _parts(text: str, limit: int = LONGEST_PART) -> Iterator[str]:
+    """The text in non-empty parts, runs of U+2581 on their own; the ids of the parts are the ids of the text."""
+    for run in re.split(f"({SPACE_MARK}+)", text):
+        if run:
+            yield from _cut_before_spaces(run, limit)
+
+
+def _cut_before_spaces(text: str, limit: int) -> Iterator[str]:
+    """Parts of at most `limit` characters, cut where a word ends and a space begins; in a longer word, anywhere.
+
+    Pieces hold spaces only at their start, so no piece crosses such a cut.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind(" ", start + 1, start + limit)
+        while end > start and text[end - 1] == " ":
+            end -= 1
+        end = end if end > start else start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Training sentences, cut so that SentencePiece drops none: U+2585 and NUL would, and so would great length."""
+    for text in texts:
+        _check_unicode(text)
+        for run in re.split("[\u2581\u2585\0]", text):
+            if run:
+                yield from _cut_before_spaces(run, LONGEST_SENTENCE)
+
+
+def _training_failure(message: str, vocab_size: int) -> str:
+    """Turn SentencePiece's words into ours."""
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"vocab_size={vocab_size} is too small for the characters of this text: "
+            f"the smallest possible value is {needed[1]}, so raise it"
+        )
+    if "sentences_.empty()" in message:
+        return f"vocab_size={vocab_size} cannot be learned because there is no text; give a source with text"
+    return f"vocab_size={vocab_size} cannot be learned from this text ({message[:200]}); change it or give other text"

@@ -1,0 +1,1 @@
+"""How a model learns: schedule, optimizer, objective and the loop."""

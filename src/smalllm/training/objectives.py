@@ -1,0 +1,76 @@
+"""What training minimizes: summed cross-entropy over the targets that count, without ever holding all logits.
+
+The sum is divided by the tokens of the whole global batch by the caller, so that accumulation, ranks and padding give
+one gradient. Knows nothing about data or optimizers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smalllm.data.batches import IGNORE, Batch
+from smalllm.model import GPT
+
+CHUNK_BYTES = 32 * 2**20
+"""Float32 logits held at a time; measured on CPU and GPU to be enough for full speed."""
+
+
+def cross_entropy_sum(model: GPT, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sum of -ln p(target) over the targets that count: a scalar, float32. ``dtype`` is that of the head's products."""
+    hidden = model.hidden(batch.inputs)
+    with torch.autocast(batch.inputs.device.type, enabled=False):
+        return linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), dtype)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sum over rows of the cross-entropy of softmax(hidden @ weight') [N, C] x [V, C] at targets [N].
+
+    Works through chunks of rows and computes the gradient in the forward pass, so memory does not grow with N x V and no
+    product is made twice (Hsu et al., Liger Kernel, arXiv 2410.10989). The sum and the softmax are float32.
+    """
+    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+    return result
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        needs_gradient = any(ctx.needs_input_grad)
+        hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        low_weight = weight.to(dtype)
+        total = torch.zeros((), device=hidden.device, dtype=torch.float32)
+        for start in range(0, hidden.shape[0], rows):
+            piece, wanted = hidden[start : start + rows].to(dtype), targets[start : start + rows]
+            loss, slope = _chunk_loss(piece @ low_weight.T, wanted, needs_gradient)
+            total += loss
+            if hidden_gradient is not None and weight_gradient is not None:
+                hidden_gradient[start : start + rows] = slope @ low_weight
+                weight_gradient += slope.T @ piece
+        ctx.gradients = (hidden_gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_gradient, weight_gradient = ctx.gradients
+        return hidden_gradient * gradient, weight_gradient * gradient, None, None
+
+
+def _chunk_loss(logits: Tensor, targets: Tensor, with_slope: bool) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk and its derivative by the logits, softmax - one-hot, in the logits' dtype."""
+    counts = targets != IGNORE
+    safe = targets.where(counts, 0)[:, None]
+    wide = logits.float()
+    log_sum = torch.logsumexp(wide, dim=-1)
+    loss = ((log_sum - wide.gather(1, safe)[:, 0]) * counts).sum()
+    if not with_slope:
+        return loss, logits
+    slope = (wide - log_sum[:, None]).exp_()
+    slope.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=slope.dtype))
+    return loss, (slope * counts[:, None]).to(logits.dtype)

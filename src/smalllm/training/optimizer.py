@@ -1,0 +1,171 @@
+"""AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+
+State goes in and out as tensors by name, so that a checkpoint needs no pickle. Knows nothing about schedules: the caller
+sets ``lr_fraction`` before each step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smalllm.config import OptimConfig, UserError
+from smalllm.model import GPT, MLP, Attention
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+
+    Equal to ``torch.optim.Muon`` (Nesterov momentum 0.95, five iterations in bfloat16, update scaled by
+    max(1, rows / columns) ** 0.5, decoupled weight decay), but matrices of equal shape go through the iterations in one
+    batched product. A parameter that stacks several matrices by rows (query, key, value) is split as ``splits`` says.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], splits: Mapping[nn.Parameter, list[int]], lr: float,
+        momentum: float = 0.95, weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.splits = splits
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                direction = self._direction(parameter, group["momentum"])
+                rows = self.splits.get(parameter, [parameter.shape[0]])
+                for target, piece in zip(parameter.split(rows), direction.split(rows), strict=True):
+                    by_shape[tuple(piece.shape)].append((target, piece))
+            for shape, pairs in by_shape.items():
+                self._update(shape, pairs, group["lr"], group["weight_decay"])
+
+    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """Nesterov momentum of the gradient."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
+        return parameter.grad.lerp(buffer, momentum)
+
+    @staticmethod
+    def _update(shape: tuple[int, ...], pairs: list[tuple[Tensor, Tensor]], lr: float, weight_decay: float) -> None:
+        scale = max(1.0, shape[0] / shape[1]) ** 0.5
+        updates = orthogonalize(torch.stack([piece for _, piece in pairs]))
+        for (target, _), update in zip(pairs, updates, strict=True):
+            target.mul_(1.0 - lr * weight_decay).add_(update.to(target.dtype), alpha=-lr * scale)
+
+
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly: [n, rows, columns] -> the same shape, bfloat16, singular values near 1.
+
+    The quintic Newton-Schulz iteration with the coefficients of Jordan et al. 2024.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Optimizer:
+    """The optimizers of a run behind one face: ``zero_grad``, ``step``, named state in and out."""
+
+    def __init__(self, model: GPT, config: OptimConfig, device: torch.device) -> None:
+        self.named = dict(model.named_parameters())
+        self.fused = device.type in ("cpu", "cuda")
+        self.parts: list[torch.optim.Optimizer] = []
+        muon = block_matrices(model) if config.kind == "muon" else {}
+        if muon:
+            self.parts.append(Muon(list(muon), muon, config.lr, weight_decay=config.weight_decay))
+        rest = [parameter for parameter in model.parameters() if parameter not in muon]
+        self.parts.append(
+            torch.optim.AdamW(
+                decay_groups(rest, config.weight_decay), lr=config.adamw_lr, betas=config.betas, fused=self.fused
+            )
+        )
+        for part in self.parts:
+            for group in part.param_groups:
+                group["peak_lr"] = group["lr"]
+
+    @property
+    def flavour(self) -> str:
+        """What must be equal for a resumed run to have the same bits."""
+        names = "+".join(type(part).__name__.lower() for part in self.parts)
+        return f"{names}{'-fused' if self.fused else ''}"
+
+    def set_lr(self, fraction: float) -> float:
+        """Scale every group's peak learning rate; returns that of the first group."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["peak_lr"] * fraction
+        first: float = self.parts[0].param_groups[0]["lr"]
+        return first
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """``<parameter>.<slot>`` -> tensor; scalars as float32 tensors of no dimension."""
+        tensors = {}
+        for name, parameter in self.named.items():
+            for part in self.parts:
+                for slot, value in part.state.get(parameter, {}).items():
+                    tensors[f"{name}.{slot}"] = torch.as_tensor(value)
+        return tensors
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what ``state_tensors`` gave; UserError when it is that of another model or optimizer."""
+        for name, parameter in self.named.items():
+            part = next(part for part in self.parts if any(parameter is p for g in part.param_groups for p in g["params"]))
+            slots = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+            wanted = {"momentum_buffer"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            if slots.keys() != wanted or any(value.dim() and value.shape != parameter.shape for value in slots.values()):
+                raise UserError(f"optimizer.safetensors does not fit {name}: it is the state of another optimizer or model")
+            part.state[parameter] = {
+                slot: value.clone() if slot == "step" and not self._step_on_device(parameter) else value.to(parameter.device).clone()
+                for slot, value in slots.items()
+            }
+
+    def _step_on_device(self, parameter: nn.Parameter) -> bool:
+        """Fused AdamW keeps its step counter beside the parameter."""
+        return self.fused and parameter.device.type == "cuda"
+
+
+def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: not on biases and norms."""
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    vectors = [parameter for parameter in parameters if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def block_matrices(model: GPT) -> dict[nn.Parameter, list[int]]:
+    """The matrices of the blocks, each with the row counts of the matrices that it stacks."""
+    found: dict[nn.Parameter, list[int]] = {}
+    for module in model.blocks.modules():
+        if isinstance(module, Attention):
+            keys = module.kv_heads * module.head_width
+            found[module.qkv.weight] = [module.heads * module.head_width, keys, keys]
+            found[module.out.weight] = [module.out.weight.shape[0]]
+        elif isinstance(module, MLP):
+            rows = module.up.weight.shape[0]
+            found[module.up.weight] = [rows // 2, rows // 2] if module.gated else [rows]
+            found[module.down.weight] = [module.down.weight.shape[0]]
+    return found

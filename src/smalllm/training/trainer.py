@@ -1,0 +1,604 @@
+"""The loop. What happens in training stands in ``Trainer.fit`` and ``Trainer.step``, each on one screen.
+
+Everything that will happen is a function of (settings, seed, step): data order, dropout, learning rate. A checkpoint
+holds tensors and a few numbers, and a resumed run has the weights, bit for bit, of the run that was never stopped.
+The trainer prints nothing: it tells a ``Display``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from smalllm import hardware
+from smalllm.checkpoint import Checkpoint, RunFolder, Snapshot, copy_weights, model_weights, no_space_left
+from smalllm.config import RunConfig, UserError, changed_settings
+from smalllm.data.batches import Batches
+from smalllm.data.prepare import PrepareProgress, prepare
+from smalllm.data.shards import TokenDataset
+from smalllm.evaluation import Evaluation, score_documents, storyworld_floor
+from smalllm.generation import Generator, SamplingParams
+from smalllm.metrics import Display, MetricsLog, Record, Silence, Sinks, Throughput, model_flops_utilization
+from smalllm.model import GPT
+from smalllm.preflight import preflight, require
+from smalllm.runtime import (
+    Runtime,
+    compile_blocks,
+    eager,
+    forget_compiled,
+    make_runtime,
+    pick_micro_batch,
+    seed_everything,
+    set_deterministic,
+)  # fmt: skip
+from smalllm.training.objectives import cross_entropy_sum
+from smalllm.training.optimizer import Optimizer
+from smalllm.training.schedule import Plan, lr_fraction
+
+EVALUATIONS = 10
+"""Evaluations of a run when ``evaluate_every`` is 0."""
+EVALUATION_SHARE = 0.012
+"""Share of the time for validation loss; the sample stories take about as much again: 2 % in all."""
+FINAL_TOKENS = 200_000
+"""Validation tokens at most of the figure that ends a run; ``smalllm evaluate`` scores all of them."""
+SKIPS_IN_A_ROW = 10
+UNPLANNED = 10**9
+
+
+class TrainingFailure(UserError):
+    """Training cannot go on; the last checkpoint is good."""
+
+
+@dataclass
+class State:
+    """The numbers of a run, besides its tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    plan: Plan = field(default_factory=lambda: Plan(UNPLANNED))
+    window_loss: float = 0.0
+    window_tokens: int = 0
+    best_step: int | None = None
+    best_bits_per_byte: float = math.inf
+    evaluations_without_gain: int = 0
+    evaluate_tokens: int = 0
+    evaluation_due: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    stopping: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return values | {"best_bits_per_byte": None if math.isinf(self.best_bits_per_byte) else self.best_bits_per_byte}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> State:
+        best = values["best_bits_per_byte"]
+        return cls(**values | {"plan": Plan(**values["plan"]), "best_bits_per_byte": math.inf if best is None else best})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended: the keys of ``smalllm train --json``."""
+
+    run: str
+    step: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    train_loss: float | None
+    valid_loss: float
+    valid_bits_per_byte: float
+    best_step: int | None
+    stopped_because: str
+    floor_bits_per_byte: float | None = None  # the exact entropy of the same documents, where the corpus has one
+
+
+def open_data(config: RunConfig, progress: Callable[[PrepareProgress], None] | None = None) -> TokenDataset:
+    """The run's prepared data; prepared from its source first when it is missing."""
+    path, data = config.data_path, config.data
+    if not (path / "manifest.json").exists():
+        if not data.source:
+            raise UserError(f"data.path = {path} holds no prepared data; run: smalllm prepare SOURCE --out {path}")
+        prepare(
+            [data.source], path, vocab_size=data.vocab_size, valid=data.valid or None, num_files=data.num_files or None,
+            sample_rate=data.sample_rate, limit=data.limit or None, seed=config.seed, progress=progress,
+        )  # fmt: skip
+    return TokenDataset.open(path)
+
+
+def settled(config: RunConfig, dataset: TokenDataset) -> RunConfig:
+    """The settings with the vocabulary of the data; UserError when the recipe insists on another one."""
+    vocab_size = dataset.manifest.vocab_size
+    if config.model.vocab_size not in (0, vocab_size):
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size} but the data in {dataset.folder} has {vocab_size} pieces;"
+            f" set model.vocab_size={vocab_size}, or prepare with --vocab-size {config.model.vocab_size}"
+        )
+    return config.replace(model={"vocab_size": vocab_size}, data={"path": str(dataset.folder)})
+
+
+class Trainer:
+    """One run: made once, ``fit`` once. The folder must be locked by the caller."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, *, display: Display | None = None,
+        progress: Callable[[PrepareProgress], None] | None = None, clock: Callable[[], float] = time.monotonic,
+        command: str = "",
+    ) -> None:  # fmt: skip
+        self.clock, self.started = clock, clock()
+        self.folder, self.display, self.command = folder, display or Silence(), command
+        self.runtime: Runtime = make_runtime(config.train.device, config.train.precision)
+        set_deterministic(self.runtime.device)
+        self.dataset = open_data(config, progress)
+        self.started = clock()  # preparing the data is not training time
+        self.config = settled(config, self.dataset)
+        self.tokenizer = self.dataset.tokenizer()
+        model, train = self.config.model, self.config.train
+        self.batches = Batches(self.dataset.train, model.context, train.batch_tokens, self.config.seed)
+        seed_everything(self.config.seed)
+        self.model = GPT(model).to(self.runtime.device).train()
+        self.model.recompute = train.recompute
+        self.optimizer = Optimizer(self.model, self.config.optim, self.runtime.device)
+        self.scaler = self.runtime.make_scaler()
+        self.micro_batch = train.micro_batch or pick_micro_batch(self.model, self.runtime, train.batch_tokens, train.memory_gb)
+        self.state = State(plan=Plan(train.steps or UNPLANNED))
+        self.record: Record = {}
+        self.compiled = False
+        self.signal: int = 0
+
+    # ── the loop ──
+
+    def fit(self) -> Summary:
+        """Train to the end of the plan, or until stopped; returns how it went. The last checkpoint is always written."""
+        with self._signals():
+            self.begin()
+            while not self.finished():
+                self.step()
+                if self.due(self.config.train.log_every):
+                    self.log()
+                if self.due_checkpoint() or self.due_evaluation():
+                    self.save()  # before evaluation: a failing evaluation loses nothing
+                if self.state.evaluation_due:
+                    self.validate()
+                self.write_record()
+                self.replan()
+            return self.end()
+
+    def step(self) -> None:
+        """One optimizer step: accumulate, unscale, clip, check, update. What is not finite never reaches the weights."""
+        state, train_start = self.state, self.clock()
+        lr = self.optimizer.set_lr(lr_fraction(self.config.optim, state.step, state.plan.progress(state.step)))
+        tokens = self.batches.tokens(state.step)
+        loss = self.accumulate(tokens)
+        norm = self.unscaled_norm()
+        while self.scaler is not None and not math.isfinite(norm) and self.scaler.get_scale() > 1.0:
+            self.scaler.update()  # fp16 overflowed: the same step again with a smaller scale, so nothing is lost
+            loss = self.accumulate(tokens)
+            norm = self.unscaled_norm()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.clip(norm)
+            self.optimizer.step()
+            state.skipped_in_a_row = 0
+            state.window_loss += loss * tokens
+            state.window_tokens += tokens
+        else:
+            self.skip(loss, norm)
+        if self.scaler is not None:
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        state.step += 1
+        state.tokens += tokens
+        self.timer.add(self.clock() - train_start, tokens)
+        self.record = {"lr": lr, "gradient_norm": norm}
+
+    def accumulate(self, tokens: int) -> float:
+        """Gradient of (sum of losses) / tokens over the micro-batches of the step; returns that loss."""
+        try:
+            return self._accumulate(tokens)
+        except torch.OutOfMemoryError:
+            if self.micro_batch == 1:
+                raise TrainingFailure(
+                    "out of memory with one sequence at a time; set model.context or model.width lower, or train.recompute=true"
+                ) from None
+            self.micro_batch //= 2
+            self.display.note(f"out of memory: going on with train.micro_batch={self.micro_batch} (the same mathematics)")
+        except Exception as error:
+            if not (self.compiled and self.timer.steps == 0):
+                raise
+            forget_compiled(self.model)
+            self.compiled = False
+            self.display.note(f"torch.compile failed ({type(error).__name__}); going on without it")
+        self.optimizer.zero_grad()
+        return self.accumulate(tokens)
+
+    def _accumulate(self, tokens: int) -> float:
+        total = torch.zeros((), device=self.runtime.device)
+        for index, batch in enumerate(self.batches.micro_batches(self.state.step, self.micro_batch)):
+            if self.config.model.dropout:
+                seed_everything(self.config.seed, self.state.step, index)
+            with self.runtime.autocast():
+                loss = cross_entropy_sum(self.model, batch.to(self.runtime.device), self.runtime.dtype) / tokens
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            total += loss.detach()
+        return total.item()
+
+    def unscaled_norm(self) -> float:
+        """Norm of the whole gradient, after loss scaling is undone."""
+        if self.scaler is not None:
+            for part in self.optimizer.parts:
+                self.scaler.unscale_(part)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+    def clip(self, norm: float) -> None:
+        limit = self.config.optim.clip
+        if limit and norm > limit:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+
+    def skip(self, loss: float, norm: float) -> None:
+        """Count a step whose loss or gradient is not finite; ten in a row end the run."""
+        self.state.skipped += 1
+        self.state.skipped_in_a_row += 1
+        self.display.note(f"step {self.state.step + 1} skipped: loss {loss}, gradient norm {norm}; the weights are as before")
+        if self.state.skipped_in_a_row >= SKIPS_IN_A_ROW:
+            raise TrainingFailure(
+                f"{SKIPS_IN_A_ROW} steps in a row had a loss or gradient that is not finite, the last at step"
+                f" {self.state.step + 1}; lower optim.lr, or set train.precision=fp32"
+            )
+
+    # ── beginning and end ──
+
+    def begin(self) -> None:
+        """Resume from the newest checkpoint that verifies, or check everything and start."""
+        self.timer, self.evaluation_seconds = Throughput(self.clock), 0.0
+        self.log_file = MetricsLog(self.folder.metrics_file)
+        checkpoint = self.folder.newest_valid(warn=self.display.note)
+        if checkpoint is not None:
+            self.resume(checkpoint)
+        else:
+            self.folder.files.mkdir(self.folder.path)
+            self.tokenizer.save(self.folder.tokenizer_file)
+            if self.config.train.preflight:
+                self.preflight()
+        self.compile(checkpoint)
+        self.folder.write_text(self.folder.config_file, self.config.to_toml())
+        self.folder.write_text(self.folder.environment_file, json.dumps(self.environment(), indent=1) + "\n")
+        self.sinks = Sinks(
+            self.config.train.track, self.folder.path, self.config.name, self.config.model_dump(), self.display.note
+        )
+        if self.state.evaluation_due:  # the run was killed between a checkpoint and its evaluation
+            self.validate()
+            self.write_record()
+
+    def preflight(self) -> None:
+        batch = next(self.batches.micro_batches(0, 2)).to(self.runtime.device)
+        checks = preflight(self.model, self.tokenizer, self.dataset, batch)
+        require(checks)
+        self.display.note(f"preflight: {len(checks)} checks passed ({next(c.detail for c in checks if 'first loss' in c.name)})")
+
+    def compile(self, checkpoint: Checkpoint | None) -> None:
+        """Compile the blocks where that pays; a resumed run does what it did before, since compiled kernels round otherwise."""
+        wish = self.config.train.compile
+        if checkpoint is not None and wish == "auto":
+            wish = "on" if checkpoint.state()["compiled"] else "off"
+        self.compiled, reason = compile_blocks(self.model, wish, self.compile_pays(), self.runtime.device)
+        if not self.compiled and checkpoint is None:
+            self.display.note(f"torch.compile is off: {reason}")
+
+    def compile_pays(self) -> bool:
+        """Compiling costs about 20 s and gains about a third: it pays from some two minutes of training."""
+        train = self.config.train
+        speed = 0.3 * self.runtime.peak_flops() / self.model.flops_per_token()
+        seconds = train.steps * train.batch_tokens / speed if train.steps else math.inf
+        return min(seconds, train.minutes * 60 or math.inf) > 120
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Restore everything that the future depends on; say what has changed since."""
+        stored = checkpoint.state()
+        self._refuse_other_run(stored)
+        old = self.folder.config()
+        for change in changed_settings(old, self.config):
+            self.display.note(f"continuing with {change}")
+        copy_weights(self.model, checkpoint.weights(), str(checkpoint.path))
+        self.optimizer.load_state_tensors(checkpoint.optimizer())
+        self.state = State.from_json(stored["training"])
+        if stored["flavour"] != self.optimizer.flavour or stored["precision"] != self.runtime.precision:
+            self.display.note(
+                f"this machine computes with {self.optimizer.flavour}, {self.runtime.precision} instead of"
+                f" {stored['flavour']}, {stored['precision']}: the run goes on, but not bit for bit"
+            )
+        if self.scaler is not None and stored["scaler"]:
+            self.scaler.load_state_dict(stored["scaler"])
+        if not self.config.train.micro_batch:
+            self.micro_batch = stored["micro_batch"]
+        self._keep_plan(old)
+        self.record = stored["record"]
+        self.log_file.rewind(self.state.step - 1 if self.state.evaluation_due else self.state.step)
+        self.display.note(f"resumed from step {self.state.step}")
+
+    def _refuse_other_run(self, stored: dict[str, Any]) -> None:
+        if stored["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
+            raise UserError(
+                f"run {self.folder.path} was trained with another tokenizer than the data in {self.dataset.folder};"
+                " give its own data with --data, or start another run with --out"
+            )
+        if stored["data_fingerprint"] != self.dataset.fingerprint:
+            raise UserError(
+                f"run {self.folder.path} was trained on other data than {self.dataset.folder} holds;"
+                " give its own data with --data, start another run with --out, or start again with --fresh"
+            )
+
+    def _keep_plan(self, old: RunConfig) -> None:
+        """A run continued as it was keeps its plan; one with another length gets a new one."""
+        train, before = self.config.train, old.train
+        if (train.steps, train.minutes) != (before.steps, before.minutes):
+            self.state.stopping = ""
+            self.state.plan = Plan(train.steps) if train.steps and not train.minutes else Plan(UNPLANNED)
+
+    def finished(self) -> bool:
+        state = self.state
+        if self.signal:
+            return True
+        if state.step >= state.plan.steps:
+            state.stopping = state.stopping or ("minutes" if self._limited_by_time() else "steps")
+        return bool(state.stopping) and (state.stopping != "patience" or state.step >= state.plan.steps)
+
+    def end(self) -> Summary:
+        """Save what is not saved, judge the model on the whole validation split, and sum up."""
+        saved = self.folder.newest_step() == self.state.step
+        if not saved:
+            self.save(final=True)
+        because = signal.Signals(self.signal).name if self.signal else self.state.stopping
+        if self.signal:
+            return self._summary(because, None, None)
+        documents = self._final_documents()
+        evaluation = self.evaluate(documents)
+        self.sinks.write({"step": self.state.step, "final_bits_per_byte": evaluation.bits_per_byte})
+        return self._summary(because, evaluation, storyworld_floor([self.tokenizer.decode(ids.tolist()) for ids in documents]))
+
+    def _summary(self, because: str, evaluation: Evaluation | None, floor: float | None) -> Summary:
+        records = [json.loads(line) for line in self.folder.metrics_file.read_text().splitlines()] if self.folder.metrics_file.exists() else []
+        train_losses = [record["train_loss"] for record in records if "train_loss" in record]
+        speed = self.state.tokens / max(self.seconds(), 1e-9)
+        return Summary(
+            run=str(self.folder.path), step=self.state.step, tokens=self.state.tokens, seconds=round(self.seconds(), 3),
+            tokens_per_second=round(speed, 1), mfu=round(self.mfu(speed), 4),
+            train_loss=train_losses[-1] if train_losses else None,
+            valid_loss=evaluation.loss if evaluation else math.nan,
+            valid_bits_per_byte=evaluation.bits_per_byte if evaluation else self.state.best_bits_per_byte,
+            best_step=self.state.best_step, stopped_because=because, floor_bits_per_byte=floor,
+        )  # fmt: skip
+
+    # ── cadence ──
+
+    def due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step >= self.state.plan.steps
+
+    def due_evaluation(self) -> bool:
+        """Every ``evaluate_every`` steps, or ten times a run; always after the last step."""
+        every, state = self.config.train.evaluate_every, self.state
+        now, before = (math.floor(EVALUATIONS * state.plan.progress(step) + 1e-9) for step in (state.step, state.step - 1))
+        state.evaluation_due = self.due(every) if every else now > before
+        return state.evaluation_due
+
+    def due_checkpoint(self) -> bool:
+        every = self.config.train.checkpoint_every
+        return bool(every) and self.due(every)
+
+    def seconds(self) -> float:
+        """Training time of all sessions of the run."""
+        return self.state.seconds + self.clock() - self.started
+
+    def _limited_by_time(self) -> bool:
+        train = self.config.train
+        return bool(train.minutes) and self.state.step != train.steps
+
+    def replan(self) -> None:
+        """With a time budget: from the speed so far, find the step at which the budget is used up."""
+        train, state = self.config.train, self.state
+        if not train.minutes or state.stopping or not self.timer.due_to_plan(train.minutes * 60):
+            return
+        evaluations_left = EVALUATIONS * (1.0 - state.plan.progress(state.step))
+        left = train.minutes * 60 - self.seconds() - evaluations_left * self.evaluation_seconds - self.final_seconds()
+        steps = state.step + max(1, int(left / self.timer.seconds_per_step()))
+        if state.step < state.plan.steps:
+            state.plan = state.plan.replanned(state.step, min(steps, train.steps or UNPLANNED))
+
+    def final_seconds(self) -> float:
+        """What the evaluation at the end will take: scoring a token costs about half of training on it."""
+        return 0.5 * min(self.dataset.valid.tokens, FINAL_TOKENS) * self.timer.seconds_per_token()
+
+    # ── saying and keeping ──
+
+    def log(self) -> None:
+        state, speed = self.state, self.timer.tokens_per_second()
+        self.record |= {
+            "tokens": state.tokens, "seconds": round(self.seconds(), 3),
+            "train_loss": state.window_loss / state.window_tokens if state.window_tokens else math.nan,
+            "tokens_per_second": round(speed, 1), "mfu": round(self.mfu(speed), 4),
+            "memory_bytes": hardware.peak_memory(self.runtime.device), "skipped": state.skipped,
+        }  # fmt: skip
+        state.window_loss, state.window_tokens = 0.0, 0
+        self.timer.start_window()
+        self.show()
+
+    def show(self) -> None:
+        progress = self.state.plan.progress(self.state.step) if self.state.plan.steps < UNPLANNED else 0.0
+        left = (self.state.plan.steps - self.state.step) * self.timer.seconds_per_step()
+        eta = left + EVALUATIONS * (1.0 - progress) * self.evaluation_seconds if progress else math.nan
+        self.display.progress({"step": self.state.step, **self.record, "progress": progress, "eta_seconds": eta})
+
+    def write_record(self) -> None:
+        """Append the object of this step to metrics.jsonl, if it was logged or evaluated."""
+        if "train_loss" in self.record or "valid_loss" in self.record:
+            record = {"step": self.state.step, **self.record}
+            self.log_file.append(record)
+            self.sinks.write(record)
+        self.record = {}
+
+    def mfu(self, tokens_per_second: float) -> float:
+        return model_flops_utilization(tokens_per_second, self.model.flops_per_token(), self.runtime.peak_flops())
+
+    def save(self, final: bool = False) -> None:
+        """Write a checkpoint. A full disk costs this checkpoint only, unless it was the last one."""
+        state = dataclasses.replace(self.state, seconds=self.seconds())
+        snapshot = Snapshot(
+            step=state.step, model=self.config.model, weights=model_weights(self.model),
+            optimizer=self.optimizer.state_tensors(),
+            state={
+                "training": state.to_json(), "record": {k: v for k, v in self.record.items() if v == v},
+                "scaler": self.scaler.state_dict() if self.scaler else None, "micro_batch": self.micro_batch,
+                "compiled": self.compiled, "flavour": self.optimizer.flavour, "precision": self.runtime.precision,
+                "tokenizer_fingerprint": self.tokenizer.fingerprint, "data_fingerprint": self.dataset.fingerprint,
+            },
+        )  # fmt: skip
+        try:
+            self.folder.save(snapshot, self.config.train.keep)
+        except OSError as error:
+            reason = "the disk is full" if no_space_left(error) else error.strerror
+            message = f"the checkpoint of step {state.step} could not be written to {self.folder.path}: {reason}"
+            if final:
+                raise TrainingFailure(f"{message}; free some space and run the same command again to go on from step {self.folder.newest_step() or 0}") from None
+            self.display.note(f"{message}; the older ones are whole, training goes on")
+
+    def validate(self) -> None:
+        """Score the validation set, tell a story, note whether this is the best so far."""
+        state, began = self.state, self.clock()
+        evaluation = self.evaluate(self._validation_documents())
+        self.record |= {"valid_loss": evaluation.loss, "valid_bits_per_byte": evaluation.bits_per_byte}
+        if evaluation.bits_per_byte < state.best_bits_per_byte:
+            state.best_bits_per_byte, state.best_step, state.evaluations_without_gain = evaluation.bits_per_byte, state.step, 0
+            self.folder.mark_best(state.step)
+        else:
+            state.evaluations_without_gain += 1
+        state.evaluation_due = False
+        self.show()
+        self.sample()
+        self.evaluation_seconds = self.clock() - began
+        if 0 < self.config.train.patience <= state.evaluations_without_gain and not state.stopping:
+            self.stop_early()
+
+    def stop_early(self) -> None:
+        """Out of patience: a schedule with a cooldown goes through it first, since most of the gain comes there."""
+        state, optim = self.state, self.config.optim
+        state.stopping = "patience"
+        progress = state.plan.progress(state.step)
+        if optim.schedule == "wsd" and progress < 1.0 - optim.cooldown:
+            left = max(1, round(optim.cooldown * state.step / (1.0 - optim.cooldown)))
+            state.plan = state.plan.hurried(state.step, 1.0 - optim.cooldown, left)
+        elif optim.schedule != "wsd":
+            state.plan = dataclasses.replace(state.plan.replanned(state.step, state.step), steps=state.step)
+        self.display.note(
+            f"no gain in {state.evaluations_without_gain} evaluations: stopping at step {state.plan.steps};"
+            f" the best checkpoint is step {state.best_step} with {state.best_bits_per_byte:.4f} bits per byte"
+        )
+
+    def evaluate(self, documents: list[np.ndarray]) -> Evaluation:
+        sizes = [len(self.tokenizer.decode(ids.tolist()).encode()) for ids in documents]
+        with eager():
+            return score_documents(self.model, documents, sizes, autocast=self.runtime.autocast())
+
+    def sample(self) -> None:
+        """A story at this point of training, also kept in samples.jsonl."""
+        train = self.config.train
+        if not train.sample_tokens:
+            return
+        params = SamplingParams(max_tokens=train.sample_tokens, seed=self.config.seed)
+        with eager(), self.runtime.autocast():
+            completion = Generator(self.model, self.tokenizer).complete(train.sample_prompt, params)
+        MetricsLog(self.folder.samples_file).append(
+            {"step": self.state.step, "prompt": completion.prompt, "text": completion.text}
+        )
+        self.display.story(self.state.step, completion.prompt, completion.text)
+
+    def _validation_documents(self) -> list[np.ndarray]:
+        """The fixed set of this run: as many validation documents as 2 % of the time can score. Chosen once."""
+        if not self.state.evaluate_tokens:
+            self.state.evaluate_tokens = self.config.train.evaluate_tokens or self._affordable_tokens()
+        return self._documents(self.state.evaluate_tokens)
+
+    def _affordable_tokens(self) -> int:
+        """By arithmetic alone (scoring a token costs about half of training on it), so that it is the same on resume."""
+        train = self.config.train
+        steps = train.evaluate_every or -(-min(self.state.plan.steps, train.steps or UNPLANNED) // EVALUATIONS)
+        return max(500, int(2 * EVALUATION_SHARE * steps * train.batch_tokens))
+
+    def _final_documents(self) -> list[np.ndarray]:
+        return self._documents(max(FINAL_TOKENS, self.state.evaluate_tokens))
+
+    def _documents(self, tokens: int) -> list[np.ndarray]:
+        """The first validation documents, up to so many tokens; at least one."""
+        found, total = [], 0
+        for document in self.dataset.valid.iterate_documents():
+            total += len(document)
+            if found and total > tokens:
+                break
+            found.append(document.astype(np.int64))
+        return found
+
+    def environment(self) -> dict[str, Any]:
+        """What this session ran on; nothing of the user's environment variables."""
+        return {
+            **hardware.describe(self.runtime.device), "precision": self.runtime.precision, "compiled": self.compiled,
+            "optimizer": self.optimizer.flavour, "micro_batch": self.micro_batch, "command": self.command,
+            "data_fingerprint": self.dataset.fingerprint, "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "parameters": self.model.parameters_count(),
+        }  # fmt: skip
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT, SIGTERM or SIGHUP ends training at the next step, saved; a second one ends it at once."""
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {}
+
+        def note(number: int, frame: Any) -> None:
+            if self.signal:
+                raise KeyboardInterrupt
+            self.signal = number
+            self.display.note(f"{signal.Signals(number).name}: saving after this step (once more to stop at once)")
+
+        for name in names:
+            previous[name] = signal.signal(getattr(signal, name), note)
+        try:
+            yield
+        finally:
+            for name, handler in previous.items():
+                signal.signal(getattr(signal, name), handler)
+
+
+def train(
+    config: RunConfig, out: Path | None = None, *, fresh: bool = False, display: Display | None = None,
+    progress: Callable[[PrepareProgress], None] | None = None, command: str = "",
+) -> Summary:  # fmt: skip
+    """Train a run to its end, or continue it when its folder has checkpoints. ``fresh`` moves an old run aside."""
+    folder = RunFolder(Path(out) if out else Path("runs") / config.name)
+    display = display or Silence()
+    folder.lock()
+    try:
+        if fresh and (aside := folder.set_aside()) is not None:
+            display.note(f"the old run is now {aside}")
+            folder.unlock()
+            folder.lock()
+        return Trainer(config, folder, display=display, progress=progress, command=command).fit()
+    finally:
+        folder.unlock()
+

@@ -1,0 +1,200 @@
+"""Evaluation: figures worked by hand, windows that count each token once, equality with a naive scorer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from smalllm.config import ModelConfig, UserError
+from smalllm.evaluation import Evaluation, bits_per_byte, bootstrap_interval, score_documents, scorecard, windows
+from smalllm.generation import Completion
+from smalllm.model import GPT
+from smalllm.tokenizer import Tokenizer
+
+TEXTS = ["the cat", "", "a", "the dog sat on the mat. " * 4, "héllo 🙂 wörld", "x" * 100, "the cat sat on it " * 9]
+
+
+class Bigram(torch.nn.Module):
+    """p(next | last) is a table [V, V] of probabilities; it has the parts of a GPT that scoring reads."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        super().__init__()
+        size = len(table)
+        self.config = ModelConfig(layers=1, width=8, heads=1, context=4, vocab_size=size)
+        self.embedding = torch.nn.Embedding.from_pretrained(torch.eye(size))
+        self.head = torch.nn.Linear(size, size, bias=False)
+        self.head.weight = torch.nn.Parameter(torch.tensor(table).log().T)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids)
+
+
+def make_model(context: int = 16, vocab_size: int = 290, **settings: Any) -> GPT:
+    torch.manual_seed(1)
+    model = GPT(ModelConfig(layers=2, width=32, heads=4, context=context, vocab_size=vocab_size, **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS * 20, vocab_size=290)
+
+
+def random_documents(lengths: list[int]) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [np.array([1, *generator.integers(3, 280, length - 2), 2]) for length in lengths]
+
+
+def naive_nats(model: GPT, ids: np.ndarray) -> float:
+    """One token at a time: each sees all before it while they fit, else from the last multiple of half a context
+    that leaves it within one context."""
+    context, half, total = model.config.context, model.config.context // 2, 0.0
+    for target in range(1, len(ids)):
+        start = 0
+        while target - start > context:
+            start += half
+        with torch.inference_mode():
+            logits = model(torch.tensor(ids[None, start:target].astype(np.int64)))[0, -1]
+        total -= float(logits.double().log_softmax(-1)[int(ids[target])])
+    return total
+
+
+def test_a_bigram_scored_by_hand() -> None:
+    """<s>=0 a=1 </s>=2: <s> a a </s> has p = 1/2 · 1/4 · 3/4 and 2 bytes; <s> </s> has p = 1/8 and none."""
+    model: Any = Bigram([[3 / 8, 1 / 2, 1 / 8], [1e-9, 1 / 4, 3 / 4], [1 / 3, 1 / 3, 1 / 3]])
+    evaluation = score_documents(model, [np.array([0, 1, 1, 2]), np.array([0, 2])], [2, 0])
+    bits = [1 + 2 + math.log2(4 / 3), 3.0]
+    assert evaluation.document_bits.tolist() == pytest.approx(bits, rel=1e-6)
+    assert evaluation.bits_per_byte == pytest.approx(sum(bits) / 2, rel=1e-6)
+    assert evaluation.loss == pytest.approx(sum(bits) * math.log(2) / 4, rel=1e-6)
+    assert evaluation.perplexity == pytest.approx(2 ** (sum(bits) / 4), rel=1e-6)
+    assert (evaluation.tokens, evaluation.bytes, evaluation.documents) == (4, 2, 2)
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token(tokenizer: Tokenizer) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    evaluation = bits_per_byte(model, tokenizer, TEXTS)
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS)
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert size > sum(map(len, TEXTS))  # multi-byte text is counted in bytes
+    assert (evaluation.tokens, evaluation.bytes) == (tokens, size)
+    assert evaluation.bits_per_byte == pytest.approx(tokens * math.log2(290) / size, rel=1e-6)
+    assert evaluation.perplexity == pytest.approx(290, rel=1e-5)
+
+
+@pytest.mark.parametrize("context", [2, 3, 4, 7, 16])
+def test_windows_count_each_token_once_with_half_a_context_before_it(context: int) -> None:
+    for length in [*range(2, 6 * context), 1000]:
+        found = windows(length, context)
+        counted = [token for window in found for token in range(window.scored, window.end + 1)]
+        assert counted == list(range(1, length))
+        assert all(window.end - window.start <= context for window in found)
+        assert all(window.scored - window.start >= context / 2 for window in found[1:])
+        assert [window.start for window in found] == [context // 2 * index for index in range(len(found))]
+
+
+@pytest.mark.parametrize("settings", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}])
+def test_scores_equal_those_of_a_naive_scorer(settings: dict[str, Any]) -> None:
+    model, documents = make_model(**settings), random_documents([2, 3, 16, 17, 18, 25, 60, 5])
+    evaluation = score_documents(model, documents, [len(ids) for ids in documents])
+    expected = [naive_nats(model, ids) / math.log(2) for ids in documents]
+    assert evaluation.document_bits.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
+def test_the_batch_size_changes_nothing(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, documents = make_model(), random_documents([2, 9, 40, 33, 17, 2, 100])
+    expected = [score_documents(model, [ids], [1]).document_bits[0] for ids in documents]
+    monkeypatch.setattr("smalllm.evaluation.LOGITS_AT_ONCE", 7 * 290)
+    evaluation = score_documents(model, documents, [1] * 7, batch_tokens=batch_tokens)
+    assert evaluation.document_bits.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_passes_stay_within_the_batch_and_padding_is_small() -> None:
+    model = make_model()
+    shapes: list[tuple[int, ...]] = []
+    model.norm.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape[:2])))
+    documents = random_documents([3, 12, 4, 11, 3, 12, 4, 11])
+    score_documents(model, documents, [1] * 8, batch_tokens=48)
+    assert shapes == [(4, 11), (4, 3)]
+
+
+def test_dropout_is_off_and_training_goes_on() -> None:
+    model, documents = make_model(dropout=0.5), random_documents([10, 20])
+    expected = score_documents(model, documents, [5, 5]).bits_per_byte
+    model.train()
+    assert score_documents(model, documents, [5, 5]).bits_per_byte == expected
+    assert model.training
+    model(torch.tensor([[1, 5]])).sum().backward()
+
+
+def test_autocast_rounds_the_body() -> None:
+    model, documents = make_model(), random_documents([30, 20])
+    exact = score_documents(model, documents, [5, 5]).bits_per_byte
+    rounded = score_documents(model, documents, [5, 5], autocast=torch.autocast("cpu", torch.bfloat16)).bits_per_byte
+    assert rounded != exact and rounded == pytest.approx(exact, rel=5e-3)
+
+
+def test_stored_token_types_are_scored_like_int64() -> None:
+    model, documents = make_model(), random_documents([10, 40])
+    small = score_documents(model, [ids.astype("<u2") for ids in documents], [5, 5])
+    assert small.bits_per_byte == score_documents(model, documents, [5, 5]).bits_per_byte
+
+
+@pytest.mark.parametrize(("texts", "count"), [([], 0), (["", ""], 2)])
+def test_nothing_to_evaluate_is_an_error(texts: list[str], count: int, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=f"no text to evaluate in {count} documents"):
+        bits_per_byte(make_model(), tokenizer, texts)
+
+
+def test_the_interval_is_that_of_the_ratio() -> None:
+    """Delta method: the standard error of sum(b)/sum(s) is sqrt(sum((b - r s)^2)) / sum(s)."""
+    generator = np.random.default_rng(4)
+    sizes = generator.integers(50, 500, 2000)
+    bits = sizes * generator.normal(1.5, 0.3, 2000)
+    ratio = bits.sum() / sizes.sum()
+    error = math.sqrt(((bits - ratio * sizes) ** 2).sum()) / sizes.sum()
+    low, high = bootstrap_interval(bits, sizes)
+    assert (ratio - low) / error == pytest.approx(1.96, rel=0.15)
+    assert (high - ratio) / error == pytest.approx(1.96, rel=0.15)
+    assert bootstrap_interval(bits, sizes) == (low, high)
+
+
+def test_the_interval_does_not_depend_on_how_many_draws_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    bits, sizes = np.arange(1.0, 51.0), np.arange(51, 1, -1)
+    whole = bootstrap_interval(bits, sizes)
+    monkeypatch.setattr("smalllm.evaluation.DRAWS_AT_ONCE", 333)
+    assert bootstrap_interval(bits, sizes) == whole
+
+
+def test_equal_documents_have_no_spread_and_an_interval_of_none() -> None:
+    assert bootstrap_interval(np.full(9, 6.0), np.full(9, 4)) == (1.5, 1.5)
+
+
+def test_figures_are_the_keys_of_the_contract() -> None:
+    zeros = np.zeros(1)
+    evaluation = Evaluation(1.0, 2.0, 3.0, (2.0, 4.0), 5, 6, 7, document_bits=zeros, document_bytes=zeros)
+    assert evaluation.figures() == {
+        "loss": 1.0, "perplexity": 2.0, "bits_per_byte": 3.0, "bits_per_byte_interval": (2.0, 4.0),
+        "tokens": 5, "bytes": 6, "documents": 7,
+    }  # fmt: skip
+
+
+def test_scorecard_by_hand() -> None:
+    stories = [
+        Completion("", "One two three four. One two three four!", 9, "stop", 0.1),
+        Completion("The cat", " sat.", 2, "length", 0.1),
+    ]
+    card = scorecard(stories, of_storyworld=False)
+    # 8 words hold 5 four-word sequences, the last of which is the first again; 3 words hold none.
+    assert card == {"count": 2, "ended": 0.5, "mean_words": 5.5, "distinct_words": 7, "repeated_4grams": pytest.approx(0.1)}

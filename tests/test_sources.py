@@ -1,0 +1,299 @@
+"""Documents from every source: what a document is, and what is refused in which words."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from smalllm.config import UserError
+from smalllm.data import sources
+from smalllm.data.sources import Counts, documents, open_source, passages
+
+SEPARATOR = "<|endoftext|>\n"
+TEXTS = ["Once upon a time.\nThe end.", "  two  \n\n lines ", "🙂 é \u2028 \u2581 \x00 nul", '"quoted", <|endoftext|> inside']
+
+
+def write(path: Path, data: str | bytes) -> str:
+    data = data.encode() if isinstance(data, str) else data
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def csv_of(*rows: list[str]) -> str:
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
+    return out.getvalue()
+
+
+def archive(path: Path, members: dict[str, str]) -> str:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text.encode())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    return str(path)
+
+
+def sentence(source: str, **options: object) -> str:
+    with pytest.raises(UserError) as error:
+        list(documents(source, **options))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -- .txt
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"a\n{SEPARATOR}b\n{SEPARATOR}", ["a", "b"]),
+        (f"a\n{SEPARATOR}b", ["a", "b"]),
+        ("a\r\n<|endoftext|>\r\n\r\nb\r\nc\r\n", ["a", "b\r\nc"]),
+        (f"\n\na \n\n b\n\n{SEPARATOR}\n{SEPARATOR} \n{SEPARATOR}", ["a \n\n b"]),
+        ("a <|endoftext|> b\n<|endoftext|> c\n", ["a <|endoftext|> b\n<|endoftext|> c"]),
+        ("one\n\nfile\n", ["one\n\nfile"]),
+        ("\ufeffmarked\n", ["marked"]),
+        ("nel\x85 line\u2028 \x0c form\x1c", ["nel\x85 line\u2028 \x0c form\x1c"]),
+        (f"{SEPARATOR}<|endoftext|>", None),
+    ],
+)
+def test_documents_of_a_text_file(tmp_path, text, expected):
+    source = write(tmp_path / "a.txt", text)
+    if expected is None:
+        assert "holds no text" in sentence(source)
+    else:
+        assert list(documents(source)) == expected
+
+
+@given(
+    st.lists(st.text(st.sampled_from("ab\n\r <|endoftext|>é🙂")).map(lambda text: text.strip("\r\n")), min_size=1),
+    st.integers(1, 40),
+)
+@settings(max_examples=150, deadline=None)
+def test_text_file_does_not_depend_on_the_size_of_the_buffer(tmp_path_factory, texts, chunk):
+    texts = [text for text in texts if text.strip() and not sources.SEPARATOR.search(text)]
+    data = "".join(f"{text}\n{SEPARATOR}" for text in texts).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK_BYTES", chunk)
+        assert [text for text in sources._read_text(io.BytesIO(data), "x") if text.strip()] == texts
+
+
+def test_line_of_100_megabytes_is_one_document_in_bounded_memory(tmp_path):
+    source = write(tmp_path / "a.txt", "word " * 4_000_000 + "\n" + SEPARATOR + "b")
+    assert [len(text) for text in documents(source)] == [20_000_000, 1]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    source = write(tmp_path / "a.txt", f"{'word ' * 200}\n{SEPARATOR}" * 20_000)
+    tracemalloc.start()
+    count = sum(1 for _ in documents(source))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 20_000 and peak < 12e6
+
+
+def test_huge_file_without_separators_is_cut_at_blank_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNSEPARATED_CHARACTERS", 30_000)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 10_000)
+    text = "\n\n".join(f"Paragraph {number} " + "x" * (number % 900) for number in range(400))
+    found = list(documents(write(tmp_path / "a.txt", text)))
+    assert "\n\n".join(found) == text
+    assert 2_000 <= min(map(len, found[:-1])) and max(map(len, found)) < 3_000
+
+
+def test_passages_cut_at_the_best_border():
+    assert passages("short") == ["short"]
+    text = "\n\n".join(["A line. Another one.\nAnd more."] * 20)
+    assert "\n\n".join(passages(text, 50)) == text
+    assert passages("aaaa. bbbb " * 30, 50)[0].endswith("aaaa. ")
+    assert [len(piece) for piece in passages("x" * 250, 50)] == [100, 100, 50]
+
+
+@given(st.text(alphabet="ab.\n\r ", max_size=300), st.integers(1, 20))
+def test_passages_lose_nothing_but_newlines(text, size):
+    pieces = passages(text, size)
+    assert "".join(pieces).replace("\n", "").replace("\r", "") == text.replace("\n", "").replace("\r", "")
+    assert all(len(piece) <= 2 * size for piece in pieces)
+
+
+# -- the other formats
+
+
+@pytest.mark.parametrize("field", ["text", "story", "content", "anything"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".tar.gz"])
+def test_every_format_gives_the_same_texts(tmp_path, field, ending):
+    objects = [{field: text} for text in TEXTS]
+    path = tmp_path / f"a{ending}"
+    match ending.removesuffix(".gz"):
+        case ".jsonl":
+            write(path, "".join(json.dumps(item, ensure_ascii=False) + "\r\n" for item in objects) + "\n")
+        case ".json":
+            write(path, json.dumps(objects, indent=2))
+        case ".csv":
+            write(path, csv_of([field], *([text] for text in TEXTS)))
+        case ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(objects), path)
+        case ".tar":
+            archive(path, {"x/a.json": json.dumps(objects[:1]), "x/b.json": json.dumps(objects[1:]), "x/._b.json": "{"})
+    assert list(documents(str(path))) == TEXTS
+
+
+def test_the_text_field_is_found_among_others(tmp_path):
+    rows = [{"id": 1, "story": "a", "summary": "b"}, {"id": 2, "story": None, "summary": "d"}]
+    assert list(documents(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))) == ["a"]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert list(documents(str(tmp_path / "a.parquet"))) == ["a"]
+    assert list(documents(write(tmp_path / "a.csv", csv_of(["id", "story"], ["1", "a"], [], ["2", ""])))) == ["a"]
+
+
+@pytest.mark.parametrize("text", ['"a" "b"\n{"text": "c"}', '["a", "b",\n "c"]', '"a"\n"b"\n"c"', ' [ "a" , {"text":"b"}, "c"]'])
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_json_arrays_and_sequences(tmp_path, monkeypatch, text, chunk):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", chunk)
+    assert list(documents(write(tmp_path / "a.json", text))) == ["a", "b", "c"]
+
+
+def test_only_newlines_end_a_json_line(tmp_path):
+    assert list(documents(write(tmp_path / "a.jsonl", '{"text": "a\u2028b\x85c"}\n"d"'))) == ["a\u2028b\x85c", "d"]
+
+
+# -- which files, which documents
+
+
+def test_folder_and_glob_are_sorted_and_recursive(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/deep/y.jsonl", "notes.md", ".hidden.txt", ".git/x.txt"):
+        write(tmp_path / name, '"y"' if name.endswith("jsonl") else Path(name).stem)
+    assert list(documents(str(tmp_path))) == ["y", "z", "b"]
+    assert list(documents(str(tmp_path), num_files=2)) == ["y", "z"]
+    assert list(documents(str(tmp_path / "**" / "*.txt"))) == ["z", "b"]
+    assert list(documents(str(tmp_path / "*.txt"))) == ["b"]
+    assert open_source(str(tmp_path)).name == tmp_path.name
+
+
+def test_num_files_counts_the_members_of_an_archive(tmp_path):
+    source = archive(tmp_path / "a.tar.gz", {f"../data0{number}.json": json.dumps([str(number)]) for number in range(5)})
+    assert list(documents(source, num_files=2)) == ["0", "1"]
+    assert [path.name for path in tmp_path.parent.iterdir() if path.name.startswith("data0")] == []
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"a\n{SEPARATOR}b\n".encode())))
+    assert list(documents("-")) == ["a", "b"]
+
+
+def test_sample_rate_is_a_function_of_seed_and_number(tmp_path):
+    source = write(tmp_path / "a.txt", SEPARATOR.join(f"{number}\n" for number in range(2000)))
+    half = list(documents(source, sample_rate=0.5))
+    assert half == list(documents(source, sample_rate=0.5)) and 900 < len(half) < 1100
+    assert half != list(documents(source, sample_rate=0.5, seed=1))
+    assert set(documents(source, sample_rate=0.1)) < set(half)
+    assert list(documents(source, sample_rate=0.5, limit=10)) == half[:10]
+    assert list(documents(source, limit=3)) == ["0", "1", "2"]
+
+
+def test_counts(tmp_path):
+    counts = Counts()
+    list(documents(write(tmp_path / "a.txt", f"a\n{SEPARATOR} \t\n{SEPARATOR}b\n"), counts=counts))
+    assert (counts.read, counts.empty, counts.kept) == (3, 1, 2)
+
+
+def test_storyworld_is_a_source_with_validation_of_its_own():
+    source = open_source("storyworld:50")
+    assert source.name == "storyworld:50" and source.validation == "storyworld:2@1000000000"
+    training, validation = list(documents(source)), list(documents(source.validation))
+    assert len(training) == 50 and len(validation) == 2 and not set(training) & set(validation)
+    assert training[:5] == list(documents("storyworld:5"))
+    assert training != list(documents(source, seed=1))
+    assert open_source("storyworld").name == "storyworld:100000"
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.txt", b"", "is empty (0 bytes); give a source with text"),
+        ("a.txt", b" \n\n", "holds no text (1 empty documents); give a source with text"),
+        ("a.txt", b"abc\xffd", "is not UTF-8 at byte offset 3 (0xFF); convert it, as in `iconv -f LATIN1 -t UTF-8`"),
+        ("a.txt", b"x" * 3_000_000 + "é".encode()[:1], "is not UTF-8 at byte offset 3000000 (0xC3)"),
+        ("a.txt", b"ab\x00c", "is a binary file (byte 0 at offset 2); give text in UTF-8"),
+        ("a.txt", "utf-16".encode("utf-16"), "is a binary file"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        ("a.docx", b"PK", "has an unknown format"),
+        ("a.txt.gz", b"not gzip", "is damaged"),
+        ("a.tar.gz", b"not tar", "is damaged"),
+        ("a.parquet", b"not parquet", "is not a readable parquet file"),
+        ("a.jsonl", b'"a"\n\n{"text": "b"', "line 3 is not JSON; write one object or string per line"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b'{"id": 1, "name": "x"}', "line 1 has no field text, story or content (found: id, name)"),
+        ("a.jsonl", b'{"text": 5}', "line 1 has a int where its text should be"),
+        ("a.jsonl", b'"\\ud800"', "line 1 has a lone surrogate"),
+        ("a.json", b'["a", "b"', "is not whole JSON"),
+        ("a.json", b'["a", {"text": nope}, "b"]', "is not whole JSON"),
+        ("a.csv", b"id,name\n1,x\n", "has no field text, story or content (found: id, name)"),
+        ("a.csv", b"id,text\n1,a\n2\n", "line 3 has 1 columns and its header 2"),
+        ("a.csv", b'text\n"open', "is not CSV"),
+    ],
+)
+def test_bad_files_are_named_in_one_sentence(tmp_path, name, data, words):
+    path = tmp_path / name
+    path.write_bytes(data)
+    said = sentence(str(path))
+    assert words in said and name in said
+
+
+def test_bad_sources_are_named_in_one_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert sentence(f"{tmp_path}/missing.txt") == (
+        f"source {tmp_path}/missing.txt does not exist; give a file, a folder, a glob, `storyworld`, `tinystories` "
+        "or hf://datasets/OWNER/NAME"
+    )
+    assert "holds no text files; it must hold files ending in .txt" in sentence(str(tmp_path / "empty"))
+    assert "holds no text files" in sentence(str(tmp_path / "*.txt"))
+    assert "needs a number of stories" in sentence("storyworld:many")
+    assert "needs a number of stories" in sentence("storyworld:0")
+    assert "cannot be read" in sentence("a\0b") or "does not exist" in sentence("a\0b")
+    assert "num_files=2 does not apply" in sentence("storyworld", num_files=2)
+    for options, words in (
+        ({"sample_rate": 0.0}, "sample_rate=0.0 must be above 0"),
+        ({"sample_rate": float("nan")}, "sample_rate=nan must be above 0"),
+        ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"num_files": -1}, "num_files=-1 must be at least 1"),
+    ):
+        assert words in sentence("storyworld", **options)
+
+
+def test_sample_rate_that_keeps_nothing(tmp_path):
+    said = sentence(write(tmp_path / "a.txt", "one"), sample_rate=1e-9)
+    assert said == "sample_rate=1e-09 keeps none of the 1 documents of a.txt; raise it"
+
+
+def test_file_without_permission(tmp_path, monkeypatch):
+    source = write(tmp_path / "a.txt", "text")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # chmod does not stop the administrator
+    assert sentence(source) == f"{source} cannot be read (Permission denied); check the file and its permissions"
+
+
+def test_compressed_bomb_ends_as_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 3_000_000)
+    for name in ("a.txt.gz", "a.jsonl.gz", "a.json.gz"):
+        assert "holds a line or document of more than" in sentence(write(tmp_path / name, '"' + "a" * 9_000_000))
