@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_generation import save_run
 from torch import Tensor
 
-from smalllm.config import ModelConfig, UserError
-from smalllm.evaluation import Evaluation, bits_per_byte, bootstrap_interval, score_documents, scorecard, windows
+from smalllm import cli
+from smalllm.checkpoint import open_run
+from smalllm.config import ModelConfig, RunConfig, UserError
+from smalllm.data import storyworld
+from smalllm.evaluation import (
+    Evaluation,
+    bits_per_byte,
+    bootstrap_interval,
+    score_documents,
+    scorecard,
+    storyworld_floor,
+    windows,
+)
 from smalllm.generation import Completion
 from smalllm.model import GPT
 from smalllm.tokenizer import Tokenizer
 
 TEXTS = ["the cat", "", "a", "the dog sat on the mat. " * 4, "héllo 🙂 wörld", "x" * 100, "the cat sat on it " * 9]
+
+
+def config(**settings: Any) -> ModelConfig:
+    return ModelConfig(**settings)
 
 
 class Bigram(torch.nn.Module):
@@ -25,18 +44,18 @@ class Bigram(torch.nn.Module):
     def __init__(self, table: list[list[float]]) -> None:
         super().__init__()
         size = len(table)
-        self.config = ModelConfig(layers=1, width=8, heads=1, context=4, vocab_size=size)
-        self.embedding = torch.nn.Embedding.from_pretrained(torch.eye(size))
+        self.config = config(layers=1, width=8, heads=1, context=4, vocab_size=size)
+        self.embedding = torch.nn.Embedding(size, size, _weight=torch.eye(size))
         self.head = torch.nn.Linear(size, size, bias=False)
         self.head.weight = torch.nn.Parameter(torch.tensor(table).log().T)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids)
+        return self.embedding.weight[ids]
 
 
 def make_model(context: int = 16, vocab_size: int = 290, **settings: Any) -> GPT:
     torch.manual_seed(1)
-    model = GPT(ModelConfig(layers=2, width=32, heads=4, context=context, vocab_size=vocab_size, **settings))
+    model = GPT(config(layers=2, width=32, heads=4, context=context, vocab_size=vocab_size, **settings))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -103,7 +122,9 @@ def test_windows_count_each_token_once_with_half_a_context_before_it(context: in
         assert [window.start for window in found] == [context // 2 * index for index in range(len(found))]
 
 
-@pytest.mark.parametrize("settings", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu", "bias": True}]
+)
 def test_scores_equal_those_of_a_naive_scorer(settings: dict[str, Any]) -> None:
     model, documents = make_model(**settings), random_documents([2, 3, 16, 17, 18, 25, 60, 5])
     evaluation = score_documents(model, documents, [len(ids) for ids in documents])
@@ -197,4 +218,103 @@ def test_scorecard_by_hand() -> None:
     ]
     card = scorecard(stories, of_storyworld=False)
     # 8 words hold 5 four-word sequences, the last of which is the first again; 3 words hold none.
-    assert card == {"count": 2, "ended": 0.5, "mean_words": 5.5, "distinct_words": 7, "repeated_4grams": pytest.approx(0.1)}
+    assert card == {
+        "count": 2,
+        "ended": 0.5,
+        "mean_words": 5.5,
+        "distinct_words": 7,
+        "repeated_4grams": pytest.approx(0.1),
+    }
+
+
+def test_scorecard_of_the_story_world() -> None:
+    first, second = storyworld.stories(seed=3, count=2)
+    told = [
+        Completion("", first, 9, "stop", 0.1),
+        Completion(second[:20], second[20:], 9, "stop", 0.1),
+        Completion("", second[:-30], 9, "length", 0.1),
+        Completion("", "Nonsense.", 2, "stop", 0.1),
+    ]
+    card = scorecard(told, of_storyworld=True)
+    assert (card["count"], card["ended"], card["consistent"], card["parsed"]) == (4, 0.75, 0.5, 0.5)
+    assert card["violations"] == {"grammar": 2}
+
+
+def test_the_floor_is_known_for_the_story_world_only() -> None:
+    texts = list(storyworld.stories(seed=3, count=5))
+    assert storyworld_floor(texts) == storyworld.entropy_bits_per_byte(texts)
+    assert storyworld_floor([*texts, "Another text."]) is None
+    assert storyworld_floor([]) is None
+
+
+# ── the command ──
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, tiny: Callable[..., RunConfig]) -> Path:
+    return save_run(tmp_path / "run", tiny(), step=4)
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.run(["evaluate", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_evaluate_scores_the_validation_documents(
+    run_folder: Path, dataset_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluated(capsys, str(run_folder), "--stories", "3", "--max-tokens", "10")
+    valid = json.loads((dataset_folder / "manifest.json").read_text())["valid"]
+    assert (result["documents"], result["bytes"]) == (valid["documents"], valid["text_bytes"])
+    assert result["tokens"] == valid["tokens"] - valid["documents"]
+    low, high = result["bits_per_byte_interval"]
+    assert 0 < result["floor_bits_per_byte"] < low < result["bits_per_byte"] < high
+    assert result["stories"]["count"] == 3 and result["stories"]["consistent"] == 0.0
+
+
+def test_evaluate_scores_a_file_of_documents(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some.txt").write_text("Héllo there.\n<|endoftext|>\nAnother one.\n", encoding="utf-8")
+    result = evaluated(
+        capsys, str(run_folder), "--text", str(tmp_path / "some.txt"), "--stories", "1", "--max-tokens", "5"
+    )
+    run = open_run(run_folder)
+    expected = bits_per_byte(run.model, run.tokenizer, ["Héllo there.", "Another one."])
+    assert result["bits_per_byte"] == expected.bits_per_byte
+    assert (result["documents"], result["bytes"]) == (2, 25)
+    assert "floor_bits_per_byte" not in result
+    assert "consistent" in result["stories"]  # the text is another one, the run is of the story world
+    assert evaluated(capsys, str(run_folder), "--text", str(tmp_path / "some.txt"), "--limit", "1")["documents"] == 1
+
+
+def test_evaluate_prints_a_table(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["evaluate", str(run_folder), "--limit", "2", "--stories", "1", "--max-tokens", "5"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "run, step 4",
+        "bits per byte",
+        "95 % interval",
+        "floor",
+        "2 documents",
+        "stories: consistent",
+        "grammar 1",
+    ):
+        assert words in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--text", "no-such-file.txt"], "no-such-file.txt"),
+        (["--stories", "-1"], "stories = -1 is not possible; use 0 or more"),
+        (["--limit", "0"], "limit = 0 is not possible; use 1 or more"),
+        (["--checkpoint", "best?"], "best?"),
+    ],
+)
+def test_mistakes_are_sentences(
+    arguments: list[str], sentence: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["evaluate", str(run_folder), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert sentence in captured.err and captured.err.count("\n") == 1 and not captured.out

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
+import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from smalllm.config import ModelConfig, UserError
+from smalllm import cli
+from smalllm.checkpoint import RunFolder, Snapshot, model_weights
+from smalllm.config import ModelConfig, RunConfig, UserError
 from smalllm.generation import (
     Generator,
     SamplingParams,
@@ -55,21 +61,37 @@ class Bytes:
         return b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
 
 
+def config(**settings: Any) -> ModelConfig:
+    return ModelConfig(**settings)
+
+
 class Script(torch.nn.Module):
     """A model whose logits depend on the last token only: row ``id`` of a table [V, V]."""
 
     def __init__(self, table: Tensor, context: int = CONTEXT) -> None:
         super().__init__()
-        self.config = ModelConfig(layers=1, width=8, heads=1, context=context, vocab_size=len(table))
-        self.embedding = torch.nn.Embedding.from_pretrained(table)
+        self.config = config(layers=1, width=8, heads=1, context=context, vocab_size=len(table))
+        self.embedding = torch.nn.Embedding(len(table), len(table), _weight=table, _freeze=True)
         self.head = torch.nn.Identity()
 
     def hidden(self, ids: Tensor, cache: Any = None) -> Tensor:
         cache.advance(ids.shape[1])
-        return self.embedding(ids)
+        return self.embedding.weight[ids]
 
     def forward(self, ids: Tensor, cache: Any = None) -> Tensor:
         return self.hidden(ids, cache)
+
+
+def save_run(path: Path, settings: RunConfig, step: int, seed: int = 0) -> Path:
+    """Add a checkpoint of a random model, its tokenizer that of the settings' data, to a run folder."""
+    tokenizer = Tokenizer.load(settings.data_path / "tokenizer.model")
+    folder = RunFolder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder.tokenizer_file)
+    folder.write_text(folder.config_file, settings.to_toml())
+    model = make_model(seed, **settings.model.model_dump(exclude_none=True) | {"vocab_size": tokenizer.vocab_size})
+    folder.save(Snapshot(step, model.config, model_weights(model), {}, {}), keep=9)
+    return path
 
 
 def bytes_tokenizer() -> Any:
@@ -79,7 +101,7 @@ def bytes_tokenizer() -> Any:
 def make_model(seed: int = 0, **settings: Any) -> GPT:
     """A random model that is sharp enough for greedy texts to be unambiguous."""
     torch.manual_seed(seed)
-    model = GPT(ModelConfig(**{"layers": 2, "width": 32, "heads": 4, "context": CONTEXT, "vocab_size": 259, **settings}))
+    model = GPT(config(**{"layers": 2, "width": 32, "heads": 4, "context": CONTEXT, "vocab_size": 259} | settings))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
@@ -118,7 +140,9 @@ def test_top_k_keeps_the_k_most_likely_and_ties() -> None:
     assert kept(keep_top_k(logits, 99)) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("p", "expected"), [(0.0, [1]), (0.49, [1]), (0.51, [1, 3]), (0.8, [0, 1, 3]), (1.0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.0, [1]), (0.49, [1]), (0.51, [1, 3]), (0.8, [0, 1, 3]), (1.0, [0, 1, 2, 3])]
+)
 def test_top_p_keeps_the_token_that_crosses_p(p: float, expected: list[int]) -> None:
     assert kept(keep_top_p(logits_of(0.15, 0.5, 0.1, 0.25), p)) == expected
 
@@ -143,7 +167,8 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_i
 
 
 @pytest.mark.parametrize(
-    ("row", "n", "banned"), [([5, 6, 7, 5, 6], 3, [7]), ([5, 6, 5, 7, 5], 2, [6, 7]), ([5, 6], 1, [5, 6]), ([5], 3, []), ([5, 6], 2, [])]
+    ("row", "n", "banned"),
+    [([5, 6, 7, 5, 6], 3, [7]), ([5, 6, 5, 7, 5], 2, [6, 7]), ([5, 6], 1, [5, 6]), ([5], 3, []), ([5, 6], 2, [])],
 )
 def test_repeated_ngrams_are_forbidden(row: list[int], n: int, banned: list[int]) -> None:
     filtered = forbid_repeated_ngrams(torch.zeros(1, 9), [row], n)
@@ -179,7 +204,9 @@ def test_filters_equal_those_of_transformers(params: SamplingParams) -> None:
         expected = reference.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, expected)
     if params.no_repeat_ngram:
         expected = reference.NoRepeatNGramLogitsProcessor(params.no_repeat_ngram)(ids, expected)
-    expected = reference.TemperatureLogitsWarper(params.temperature)(ids, expected) if params.temperature != 1.0 else expected
+    expected = (
+        reference.TemperatureLogitsWarper(params.temperature)(ids, expected) if params.temperature != 1.0 else expected
+    )
     if params.top_k:
         expected = reference.TopKLogitsWarper(params.top_k)(ids, expected)
     if params.top_p:
@@ -201,7 +228,12 @@ def test_extreme_temperatures_stay_distributions() -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(temperature=t, top_k=k, top_p=p, min_p=p) for t in (0.0, 1e-9, 1.0, 1e9) for k, p in ((0, 0.0), (1, 1.0), (9, 0.5))]
+    "params",
+    [
+        SamplingParams(temperature=temperature, top_k=k, top_p=p, min_p=p)
+        for temperature in (0.0, 1e-9, 1.0, 1e9)
+        for k, p in ((0, 0.0), (1, 1.0), (9, 0.5))
+    ],
 )
 def test_one_possible_token_is_always_chosen(params: SamplingParams) -> None:
     logits = torch.full((1, 259), -math.inf)
@@ -216,7 +248,7 @@ def test_one_possible_token_is_always_chosen(params: SamplingParams) -> None:
 def test_logits_that_are_not_numbers_are_an_error(bad: float, params: SamplingParams) -> None:
     model = make_model()
     with torch.no_grad():
-        model.norm.weight[3] = bad
+        model.get_parameter("norm.weight")[3] = bad
     with pytest.raises(UserError, match="not finite"):
         Generator(model, bytes_tokenizer()).complete("abc", params)
 
@@ -351,7 +383,9 @@ def test_neither_unk_nor_bos_nor_an_id_without_text_is_ever_said() -> None:
     generator = make_generator(vocab_size=300)
     with torch.no_grad():
         generator.model.embedding.weight[[0, 1, 280, 299]] *= 40.0  # tied: they would win often
-    said = {id for c in generator.batch(PROMPTS, SamplingParams(max_tokens=60, temperature=1.5, seed=0)) for id in c.ids}
+    said = {
+        id for c in generator.batch(PROMPTS, SamplingParams(max_tokens=60, temperature=1.5, seed=0)) for id in c.ids
+    }
     assert len(said) > 20 and said <= set(range(3, 259))
 
 
@@ -384,7 +418,9 @@ def test_text_that_may_begin_a_stop_string_is_held_back_and_released() -> None:
         (["never"], ["ever!"], "never"),
     ],
 )
-def test_the_stop_string_completed_first_cuts_wherever_the_pieces_are_cut(pieces: list[str], stops: list[str], expected: str) -> None:
+def test_the_stop_string_completed_first_cuts_wherever_the_pieces_are_cut(
+    pieces: list[str], stops: list[str], expected: str
+) -> None:
     search, shown = StopSearch(stops), ""
     for piece in pieces:
         shown += search.push(piece)
@@ -453,3 +489,104 @@ def test_repetition_settings_reach_the_text() -> None:
     assert generator.complete("", greedy).ids == (100, 100, 100)
     assert generator.complete("", dataclasses.replace(greedy, no_repeat_ngram=1)).ids == (100, 101, 102)
     assert generator.complete("", dataclasses.replace(greedy, repetition_penalty=2.0)).ids == (100, 101, 100)
+
+
+# ── the command ──
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, tiny: Callable[..., RunConfig]) -> Path:
+    return save_run(tmp_path / "run", tiny(), step=4)
+
+
+def sampled(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.run(["sample", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_sample_prints_json_lines_that_equal_the_library(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--count", "3", "--seed", "5", "--max-tokens", "20", "--temperature", "1.1", "--prompt", "One [/b]")
+    lines = [json.loads(line) for line in sampled(capsys, str(run_folder), "--json", *arguments).splitlines()]
+    assert [set(line) for line in lines] == [{"prompt", "text", "tokens", "finish_reason", "seconds"}] * 3
+    checkpoint, folder = RunFolder(run_folder).choose("latest"), RunFolder(run_folder)
+    params = SamplingParams(max_tokens=20, seed=5, temperature=1.1)
+    expected = Generator(checkpoint.load_model(), folder.tokenizer()).batch(["One [/b]"] * 3, params)
+    assert [line["text"] for line in lines] == [completion.text for completion in expected]
+    assert [line["tokens"] for line in lines] == [completion.tokens for completion in expected]
+
+
+def test_every_sampling_option_reaches_the_text(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usual = {"--seed": ["1"], "--max-tokens": ["40"]}
+
+    def text(**options: list[str]) -> str:
+        merged = usual | {"--" + name.replace("_", "-"): values for name, values in options.items()}
+        return sampled(capsys, str(run_folder), *(word for name, values in merged.items() for word in (name, *values)))
+
+    plain = text()
+    assert text() == plain
+    for options in (
+        {"temperature": ["0"]}, {"top_k": ["1"]}, {"top_p": ["0.1"]}, {"min_p": ["0.9"]}, {"repetition_penalty": ["9"]},
+        {"no_repeat_ngram": ["1"]}, {"seed": ["2"]}, {"max_tokens": ["39"]}, {"prompt": ["A dog"]},
+        {"stop": ["zzz", plain[30:32]]},
+    ):  # fmt: skip
+        assert text(**options) != plain, options
+
+
+def test_printed_text_holds_no_control_characters(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A random model says bytes, escape sequences among them; JSON keeps them, the terminal does not get them."""
+    arguments = (
+        str(run_folder),
+        "--count",
+        "20",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "60",
+        "--temperature",
+        "2",
+        "--prompt",
+    )
+    texts = [json.loads(line)["text"] for line in sampled(capsys, *arguments, "a", "--json").splitlines()]
+    assert any(ord(c) < 32 and c not in "\n\t" for text in texts for c in text)
+    printed = sampled(capsys, *arguments, "a\x1b]52;c;aGk=\x07\x9b2J\r")
+    assert not [c for c in printed if (ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0]
+    assert printed.startswith("a]52;c;aGk=2J")
+
+
+def test_on_a_terminal_the_prompt_is_bold_and_the_text_streams(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (str(run_folder), "--seed", "1", "--max-tokens", "20", "--temperature", "0.5", "--prompt", "[b]One[/b]")
+    piped = sampled(capsys, *arguments)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    shown = sampled(capsys, *arguments)
+    assert shown.replace("\x1b[1m", "", 1).replace("\x1b[0m", "", 1) == piped
+    assert shown.startswith("\x1b[1m[b]One[/b]\x1b[0m")
+
+
+def test_a_prompt_of_one_dash_is_standard_input(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Ein Bär\n".encode())))
+    assert json.loads(sampled(capsys, str(run_folder), "--prompt", "-", "--json"))["prompt"] == "Ein Bär"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
+    assert cli.run(["sample", str(run_folder), "--prompt", "-"]) == 1
+    assert "not UTF-8 text at byte 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--count", "0"], "count = 0 is not possible"),
+        (["--top-p", "7"], "top_p = 7.0 is not possible"),
+        (["--checkpoint", "9"], "no checkpoint at step 9"),
+        (["--prompt", "a\udc80"], "lone surrogate"),
+    ],
+)
+def test_mistakes_are_sentences(
+    arguments: list[str], sentence: str, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["sample", str(run_folder), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert sentence in captured.err and captured.err.count("\n") == 1 and not captured.out

@@ -1,16 +1,18 @@
 """The hub, through the real client and a server on this machine.
 
-The client reads its environment when it is imported, so cases about the environment are processes of their own; the others
-set the client's constants, which is much faster.
+The client reads its environment when it is imported, so cases about the environment are processes of their own; the
+others set the client's constants, which is much faster.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pyarrow
@@ -20,7 +22,9 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from smalllm.config import UserError
-from smalllm.data.sources import documents
+from smalllm.data.prepare import prepare
+from smalllm.data.shards import TokenDataset
+from smalllm.data.sources import documents, open_source
 
 REPO = "someone/stories"
 TEXT = "".join(f"Story {number} was told.\n<|endoftext|>\n" for number in range(2_000)).encode()
@@ -155,8 +159,36 @@ def test_without_a_file_the_parquet_shards_of_train(client):
     }
     assert list(documents(f"hf://datasets/{REPO}")) == ["a", "b", "c"]
     assert list(documents(f"hf://datasets/{REPO}/data/validation-*")) == ["held out"]
+    assert open_source(f"hf://datasets/{REPO}").validation == f"hf://datasets/{REPO}/data/validation-*.parquet"
     client.status = 500  # from the cache
     assert list(documents(f"hf://datasets/{REPO}", num_files=1)) == ["a", "b"]
+
+
+def test_tinystories_brings_its_official_validation(client, tmp_path):
+    client.repo = "roneneldan/TinyStories"
+    client.files = {
+        "TinyStoriesV2-GPT4-train.txt": TEXT,
+        "TinyStoriesV2-GPT4-valid.txt": b"Story 7 was told.\n<|endoftext|>\nA new story was told.\n",
+    }
+    result = prepare(["tinystories"], tmp_path / "out", vocab_size=290)
+    assert (result.train_documents, result.valid_documents, result.duplicates) == (1_999, 2, 1)
+    manifest = TokenDataset.open(tmp_path / "out").manifest
+    assert manifest.sources == ["tinystories"] and str(manifest.settings["valid"]).endswith(
+        "TinyStoriesV2-GPT4-valid.txt"
+    )
+    assert [item.bytes for item in manifest.inputs] == [len(data) for data in client.files.values()]
+
+
+def test_archive_of_json_shards(client):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w:gz") as tar:
+        for number in range(3):
+            data = json.dumps([{"story": f"{number}a", "source": "x"}, {"story": f"{number}b"}]).encode()
+            entry = tarfile.TarInfo(f"data0{number}.json")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    client.files["all_data.tar.gz"] = sink.getvalue()
+    assert list(documents(f"hf://datasets/{REPO}/all_data.tar.gz", num_files=2)) == ["0a", "0b", "1a", "1b"]
 
 
 def test_names_that_the_hub_does_not_have(client):

@@ -22,7 +22,12 @@ from smalllm.data import sources
 from smalllm.data.sources import Counts, documents, open_source, passages
 
 SEPARATOR = "<|endoftext|>\n"
-TEXTS = ["Once upon a time.\nThe end.", "  two  \n\n lines ", "🙂 é \u2028 \u2581 \x00 nul", '"quoted", <|endoftext|> inside']
+TEXTS = [
+    "Once upon a time.\nThe end.",
+    "  two  \n\n lines ",
+    "🙂 é \u2028 \u2581 \x00 nul",
+    '"quoted", <|endoftext|> inside',
+]
 
 
 def write(path: Path, data: str | bytes) -> str:
@@ -112,7 +117,7 @@ def test_huge_file_without_separators_is_cut_at_blank_lines(tmp_path, monkeypatc
     text = "\n\n".join(f"Paragraph {number} " + "x" * (number % 900) for number in range(400))
     found = list(documents(write(tmp_path / "a.txt", text)))
     assert "\n\n".join(found) == text
-    assert 2_000 <= min(map(len, found[:-1])) and max(map(len, found)) < 3_000
+    assert min(map(len, found[:-1])) >= 2_000 and max(map(len, found)) < 3_000
 
 
 def test_passages_cut_at_the_best_border():
@@ -134,7 +139,9 @@ def test_passages_lose_nothing_but_newlines(text, size):
 
 
 @pytest.mark.parametrize("field", ["text", "story", "content", "anything"])
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".tar.gz"])
+@pytest.mark.parametrize(
+    "ending", [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".tar.gz"]
+)
 def test_every_format_gives_the_same_texts(tmp_path, field, ending):
     objects = [{field: text} for text in TEXTS]
     path = tmp_path / f"a{ending}"
@@ -160,7 +167,9 @@ def test_the_text_field_is_found_among_others(tmp_path):
     assert list(documents(write(tmp_path / "a.csv", csv_of(["id", "story"], ["1", "a"], [], ["2", ""])))) == ["a"]
 
 
-@pytest.mark.parametrize("text", ['"a" "b"\n{"text": "c"}', '["a", "b",\n "c"]', '"a"\n"b"\n"c"', ' [ "a" , {"text":"b"}, "c"]'])
+@pytest.mark.parametrize(
+    "text", ['"a" "b"\n{"text": "c"}', '["a", "b",\n "c"]', '"a"\n"b"\n"c"', ' [ "a" , {"text":"b"}, "c"]']
+)
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_json_arrays_and_sequences(tmp_path, monkeypatch, text, chunk):
     monkeypatch.setattr(sources, "CHUNK_BYTES", chunk)
@@ -185,7 +194,9 @@ def test_folder_and_glob_are_sorted_and_recursive(tmp_path):
 
 
 def test_num_files_counts_the_members_of_an_archive(tmp_path):
-    source = archive(tmp_path / "a.tar.gz", {f"../data0{number}.json": json.dumps([str(number)]) for number in range(5)})
+    source = archive(
+        tmp_path / "a.tar.gz", {f"../data0{number}.json": json.dumps([str(number)]) for number in range(5)}
+    )
     assert list(documents(source, num_files=2)) == ["0", "1"]
     assert [path.name for path in tmp_path.parent.iterdir() if path.name.startswith("data0")] == []
 
@@ -263,7 +274,11 @@ def test_bad_sources_are_named_in_one_sentence(tmp_path):
         f"source {tmp_path}/missing.txt does not exist; give a file, a folder, a glob, `storyworld`, `tinystories` "
         "or hf://datasets/OWNER/NAME"
     )
-    assert "holds no text files; it must hold files ending in .txt" in sentence(str(tmp_path / "empty"))
+    assert sentence(str(tmp_path / "empty")) == (
+        f"source {tmp_path}/empty holds no text files; "
+        "it must hold files ending in .txt, .jsonl, .json, .csv, .parquet or .gz"
+    )
+    assert "has an unknown format" in sentence(write(tmp_path / "a.doc", "x"))
     assert "holds no text files" in sentence(str(tmp_path / "*.txt"))
     assert "needs a number of stories" in sentence("storyworld:many")
     assert "needs a number of stories" in sentence("storyworld:0")

@@ -153,7 +153,11 @@ def test_numpy_ids_are_ids(tokenizer):
 
 
 def test_lone_surrogates_are_refused(tokenizer):
-    for call in (tokenizer.encode, lambda text: tokenizer.encode_batch([text], 1), lambda text: Tokenizer.train([text], 300)):
+    for call in (
+        tokenizer.encode,
+        lambda text: tokenizer.encode_batch([text], 1),
+        lambda text: Tokenizer.train([text], 300),
+    ):
         with pytest.raises(UserError, match=r"lone surrogate U\+D800 at character 1"):
             call("a\ud800")
 
@@ -179,7 +183,9 @@ def test_training_is_silent():
 
 
 def test_sizes_that_the_text_does_not_allow_name_the_nearest_that_it_does():
-    with pytest.raises(UserError, match="vocab_size=5000 is larger than this text allows: the largest possible value is 273"):
+    with pytest.raises(
+        UserError, match="vocab_size=5000 is larger than this text allows: the largest possible value is 273"
+    ):
         Tokenizer.train(["hello"] * 4, 5000)
     assert Tokenizer.train(["hello"] * 4, 273).vocab_size == 273
     with pytest.raises(UserError, match="vocab_size=260 is too small .* the smallest possible value is 265"):
@@ -203,7 +209,13 @@ def test_save_and_load(tokenizer, tmp_path):
 
 def trained_raw(**changes: object) -> bytes:
     model = io.BytesIO()
-    options = {"model_type": "bpe", "vocab_size": 340, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    options = {
+        "model_type": "bpe",
+        "vocab_size": 340,
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }
     names = {"normalization_rule_name": "identity", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=model, **{**options, **names, **changes}
@@ -255,7 +267,9 @@ for number in range(150):
     except UserError as error:
         assert "bad tokenizer" in str(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], input=tokenizer.model_bytes, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=tokenizer.model_bytes, capture_output=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr[-600:]
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from smalllm.checkpoint import LoadedRun
 from smalllm.config import UserError
 from smalllm.data import storyworld
-from smalllm.data.shards import TokenDataset, TokenSplit
+from smalllm.data.shards import TokenDataset
 from smalllm.data.sources import documents as read_documents
 from smalllm.generation import Completion, Generator, SamplingParams
 from smalllm.model import GPT
@@ -90,7 +90,7 @@ def score_documents(
     ``batch_tokens`` by rounding only. UserError when there is no document or no text.
     """
     if not documents or not sum(text_bytes):
-        raise UserError(f"there is no text to evaluate in {len(documents)} documents; give a file or a validation split with text")
+        raise UserError(f"there is no text to evaluate in {len(documents)} documents; give a file with text")
     training = model.training
     model.eval()
     try:
@@ -197,21 +197,11 @@ def _losses(model: GPT, weight: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(ids.device.type, enabled=False):
         parts = [
             F.cross_entropy(F.linear(some.float(), weight), target, reduction="none")
-            for some, target in zip(hidden.split(at_once), wanted.split(at_once), strict=True)
+            for some, target in zip(torch.split(hidden, at_once), torch.split(wanted, at_once), strict=True)
         ]
     losses = torch.zeros(targets.shape, device=ids.device)
     losses[counted] = torch.cat(parts)
     return losses
-
-
-# ── documents ──
-
-
-def split_documents(split: TokenSplit, tokenizer: Tokenizer, limit: int | None = None) -> tuple[list[np.ndarray], list[int]]:
-    """The first ``limit`` documents of a split that ``tokenizer`` made, as ids, and the UTF-8 bytes of each."""
-    sizes = np.array([len(tokenizer.bytes_of(id)) for id in range(tokenizer.vocab_size)])
-    documents = [ids.astype(np.int64) for ids in itertools.islice(split.iterate_documents(), limit)]
-    return documents, [int(sizes[ids].sum()) for ids in documents]
 
 
 # ── stories ──
@@ -269,7 +259,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def evaluate_run(
-    run: LoadedRun, *, text: str | None = None, limit: int | None = None, stories: int = 0,
+    run: LoadedRun,
+    *,
+    text: str | None = None,
+    limit: int | None = None,
+    stories: int = 0,
     sampling: SamplingParams = STORY_SAMPLING,
 ) -> dict[str, Any]:
     """The object that ``smalllm evaluate --json`` prints.
@@ -281,7 +275,9 @@ def evaluate_run(
     texts = list(read_documents(text, limit=limit)) if text is not None else _validation_texts(run, limit)
     evaluation = bits_per_byte(run.model, run.tokenizer, texts)
     if not math.isfinite(evaluation.loss):
-        raise UserError(f"the loss of {run.checkpoint.path} is {evaluation.loss}: its weights are broken; use another --checkpoint")
+        raise UserError(
+            f"the loss of {run.checkpoint.path} is {evaluation.loss}; its weights are broken, use another one"
+        )
     result = {"step": run.step, **evaluation.figures()}
     if (floor := storyworld_floor(texts)) is not None:
         result["floor_bits_per_byte"] = floor

@@ -51,20 +51,18 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
-        _require(0.0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more, usually 0.5 to 1")
-        _require(self.top_k is None or self.top_k >= 0, "top_k", self.top_k, "1 or more, or 0 for no limit")
-        _require(self.top_p is None or 0.0 <= self.top_p <= 1.0, "top_p", self.top_p, "0 to 1")
-        _require(self.min_p is None or 0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "0 to 1")
-        penalty = self.repetition_penalty
-        _require(0.01 <= penalty <= 100.0, "repetition_penalty", penalty, "0.01 to 100, where 1 is none")
-        _require(0 <= self.no_repeat_ngram <= LONGEST_NGRAM, "no_repeat_ngram", self.no_repeat_ngram, f"0 (off) to {LONGEST_NGRAM}")
-        _require(all(self.stop), "stop", '""', "a string that is not empty, or leave it out")
+        self._require("max_tokens", self.max_tokens >= 1, "1 or more")
+        self._require("temperature", 0.0 <= self.temperature < math.inf, "0 (greedy) or more, usually 0.5 to 1")
+        self._require("top_k", self.top_k is None or self.top_k >= 0, "1 or more, or 0 for no limit")
+        self._require("top_p", self.top_p is None or 0.0 <= self.top_p <= 1.0, "0 to 1")
+        self._require("min_p", self.min_p is None or 0.0 <= self.min_p <= 1.0, "0 to 1")
+        self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "0.01 to 100, where 1 is none")
+        self._require("no_repeat_ngram", 0 <= self.no_repeat_ngram <= LONGEST_NGRAM, f"0 (off) to {LONGEST_NGRAM}")
+        self._require("stop", all(self.stop), "strings that are not empty, or leave it out")
 
-
-def _require(possible: bool, setting: str, value: object, fix: str) -> None:
-    if not possible:
-        raise UserError(f"{setting} = {value} is not possible; use {fix}")
+    def _require(self, setting: str, possible: bool, fix: str) -> None:
+        if not possible:
+            raise UserError(f"{setting} = {getattr(self, setting)!r} is not possible; use {fix}")
 
 
 # ── filters: logits [B, V] -> logits [B, V], what is ruled out at -inf ──
@@ -76,7 +74,7 @@ def forbid(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def penalize_repetition(logits: Tensor, rows: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits of the tokens that a row holds (CTRL, arXiv 1909.05858, section 4.1)."""
+    """Divide positive and multiply negative logits of the tokens that a row holds (CTRL, arXiv 1909.05858)."""
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(_membership(logits, rows), penalized, logits)
 
@@ -88,7 +86,7 @@ def forbid_repeated_ngrams(logits: Tensor, rows: Sequence[Sequence[int]], n: int
 
 def scale_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Divide by a temperature above 0. The greatest logit becomes 0 first, so that a tiny temperature overflows to
-    -inf (greedy) and not to NaN; probabilities do not see the shift. Beyond float32 the temperature has no more effect."""
+    -inf (greedy) and not to NaN; probabilities do not see the shift. Beyond float32 it has no more effect."""
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     return shifted / min(max(temperature, 1e-30), 1e30)
 
@@ -164,22 +162,12 @@ def _completions(row: Sequence[int], n: int) -> list[int]:
 def _check_numbers(logits: Tensor) -> None:
     """UserError for a row with NaN or +infinity, which the filters carry to its maximum, or with no token left."""
     if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-        raise UserError("the model's logits are not finite (NaN or infinity): its weights are broken; use another checkpoint")
+        raise UserError(
+            "the logits are not finite (NaN or infinity), the model's weights are broken; use another checkpoint"
+        )
 
 
 # ── text ──
-
-# Control characters (C0 but \n and \t, DEL, C1) drive a terminal; directional overrides make text read as another.
-_UNPRINTABLE = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {0x09, 0x0A})
-
-
-def printable(text: str) -> str:
-    """Text that is safe to print: what a model or a file says cannot move the cursor, set a title or ring the bell.
-
-    >>> printable("a\\x1b[2Jb\\r\\n")
-    'a[2Jb\\n'
-    """
-    return text.translate(_UNPRINTABLE)
 
 
 class StopSearch:
@@ -308,7 +296,8 @@ class Generator:
     @torch.inference_mode()
     def decode_one_token(self, ids: Sequence[int], cache: KVCache) -> Tensor:
         """Add one token to each row of the cache; returns the logits [B, V] of the next."""
-        return self.model(torch.tensor(ids, device=self.device)[:, None], cache)[:, -1]
+        logits: Tensor = self.model(torch.tensor(ids, device=self.device)[:, None], cache)
+        return logits[:, -1]
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, rows: Sequence[Row], params: SamplingParams) -> list[int]:
@@ -353,7 +342,9 @@ class Generator:
             texts[row] += text
             seconds[row] = time.perf_counter() - began
         return [
-            Completion(prompt, texts[row], len(row.generated), row.finish_reason or "length", seconds[row], tuple(row.generated))
+            Completion(
+                prompt, texts[row], len(ids := row.generated), row.finish_reason or "length", seconds[row], tuple(ids)
+            )
             for prompt, row in zip(prompts, rows, strict=True)
         ]
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import AbstractContextManager as ContextManager
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,10 +80,11 @@ def seed_everything(*parts: int) -> int:
 
 
 def set_deterministic(device: torch.device) -> None:
-    """Same seed, same bits: deterministic kernels; on CUDA cuBLAS needs a fixed workspace as well."""
+    """Same seed, same bits. On the CPU every operation of a GPT step is deterministic as it is, for one number of threads;
+    CUDA needs to be asked, and cuBLAS needs a fixed workspace as well."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def compile_blocks(model: GPT, wish: str, worthwhile: bool, device: torch.device) -> tuple[bool, str]:
@@ -118,8 +118,7 @@ def pick_micro_batch(model: GPT, runtime: Runtime, batch_tokens: int, memory_gb:
     return min(sequences, fits, likes)
 
 
-@contextmanager
-def eager() -> Iterator[None]:
-    """Run compiled modules as plain ones: evaluation and sampling meet many shapes and must not recompile."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+def eager(compiled: bool) -> ContextManager[Any]:
+    """Run compiled modules as plain ones: evaluation and sampling meet many shapes and must not recompile. Where nothing
+    is compiled, the compiler (seconds to import) is not touched."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

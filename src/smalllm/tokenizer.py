@@ -2,9 +2,9 @@
 
 It knows nothing of conversations, datasets or models. It is the only module that imports SentencePiece.
 
-SentencePiece writes a space as U+2581, drops U+2585 when it trains and takes much memory for one very long text.
-So a text is cut at U+2581, whose three bytes are emitted as byte pieces, and long texts are cut before a space, where no
-piece can reach across. Decoding never asks SentencePiece: every id stands for fixed bytes.
+SentencePiece writes a space as U+2581, drops sentences with U+2585 when it trains and takes much memory for one very
+long text. So a text is cut at U+2581, whose three bytes are emitted as byte pieces, and long texts are cut before a
+space, where no piece can reach across. Decoding never asks SentencePiece: every id stands for fixed bytes.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class Tokenizer:
     def bytes_of(self, id: int) -> bytes:
         """The bytes that one token adds to the text; UserError for an id outside the vocabulary."""
         if not 0 <= id < self.vocab_size:
-            raise UserError(f"token id {id} is outside the vocabulary of {self.vocab_size}; use the run's own tokenizer")
+            raise UserError(
+                f"token id {id} is outside the vocabulary of {self.vocab_size}; use the run's own tokenizer"
+            )
         return self._bytes[id]
 
     def piece(self, id: int) -> str:
@@ -226,7 +228,7 @@ def _check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise UserError(
-            f"text has the lone surrogate U+{code:04X} at character {error.start}, which is not valid Unicode; remove it"
+            f"text has the lone surrogate U+{code:04X} at character {error.start}, not valid Unicode; remove it"
         ) from None
 
 

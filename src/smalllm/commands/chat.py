@@ -18,8 +18,9 @@ from cyclopts import Parameter
 
 from smalllm.checkpoint import LoadedRun, find_run, open_run
 from smalllm.config import UserError
-from smalllm.generation import Generator, SamplingParams, printable
+from smalllm.generation import Generator, SamplingParams
 from smalllm.hardware import pick_device
+from smalllm.terminal import plain
 
 HELP = """\
 Type how a text begins and the model continues it; an empty line continues the last text.
@@ -52,11 +53,13 @@ class ChatSession:
     that cannot be loaded is named once, and the model that is there goes on.
     """
 
-    def __init__(self, run: LoadedRun, open_newest: Callable[[], LoadedRun], params: SamplingParams, *, follow: bool = True) -> None:
+    def __init__(
+        self, run: LoadedRun, open_newest: Callable[[], LoadedRun], params: SamplingParams, *, follow: bool = True
+    ) -> None:
         self.params, self.done = params, False
         self.texts: list[str] = []  # the last one is continued by an empty line
+        self.run, self._seen = run, run.step
         self._open_newest, self._follow = open_newest, follow
-        self._use(run)
 
     def handle(self, line: str) -> Iterator[str]:
         """Answer one line: a command beginning with /, a beginning of a text, or nothing to continue the last."""
@@ -91,9 +94,6 @@ class ChatSession:
 
     # the run that is followed
 
-    def _use(self, run: LoadedRun) -> None:
-        self.run, self._seen = run, run.step
-
     def _follow_run(self) -> Iterator[str]:
         newest = self.run.folder.newest_step()
         if newest is not None and newest != self._seen:
@@ -101,17 +101,15 @@ class ChatSession:
 
     def _load(self, newest: int | None) -> Iterator[str]:
         """Take the newest checkpoint; whatever is wrong with it, the chat goes on with the model that it has."""
-        self._seen = self.run.step if newest is None else newest
+        newest = self.run.step if newest is None else newest
         try:
             run = self._open_newest()
-        except Exception as error:
+        except Exception as error:  # what a training run leaves on the disk must never end the chat
+            self._seen = newest
             yield f"(step {newest} cannot be loaded, still at step {self.run.step}: {error})\n"
             return
-        if newest is not None and run.step < newest:
-            yield f"(step {newest} is damaged; now step {run.step})\n"
-        else:
-            yield f"(now step {run.step})\n"
-        self.run = run
+        yield f"(step {newest} is damaged; now step {run.step})\n" if run.step < newest else f"(now step {run.step})\n"
+        self.run, self._seen = run, max(newest, run.step)
 
     # commands
 
@@ -132,7 +130,8 @@ class ChatSession:
                 self.done = True
             case _:
                 close = difflib.get_close_matches(name, COMMANDS, n=1)
-                yield f"(there is no command /{name}{f'; did you mean /{close[0]}?' if close else '; /help lists them'})\n"
+                hint = f"did you mean /{close[0]}?" if close else "/help lists them"
+                yield f"(there is no command /{name}; {hint})\n"
 
     def _set(self, name: str, value: str) -> str:
         field, parse = SETTINGS[name]
@@ -143,7 +142,8 @@ class ChatSession:
             except UserError as error:
                 return f"({error})\n"
             except ValueError:
-                return f"(/{name} {value} is not a number; for example /{name} {1 if parse is int else 0.9})\n"
+                kind, example = ("whole number", 1) if parse is int else ("number", 0.9)
+                return f"(/{name} {value} is not a {kind}; for example /{name} {example})\n"
         return self._setting(name)
 
     def _setting(self, name: str) -> str:
@@ -203,7 +203,7 @@ def chat(
     device
         auto, cpu, mps, cuda or cuda:N.
     """
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed=seed)
     chosen = pick_device(device)
     folder, step = find_run(run)
     loaded = open_run(run, checkpoint, chosen)
@@ -244,5 +244,5 @@ def _answer(session: ChatSession, line: str) -> None:
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(printable(text))
+    sys.stdout.write(plain(text))
     sys.stdout.flush()

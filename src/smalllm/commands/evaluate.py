@@ -14,8 +14,9 @@ from rich.text import Text
 from smalllm.checkpoint import open_run
 from smalllm.config import UserError
 from smalllm.evaluation import evaluate_run
-from smalllm.generation import SamplingParams, printable
+from smalllm.generation import SamplingParams
 from smalllm.hardware import pick_device
+from smalllm.terminal import plain
 
 
 def evaluate(
@@ -69,9 +70,9 @@ def evaluate(
 
 
 def _print_table(result: dict[str, Any], title: str) -> None:
-    table = Table(title=Text(printable(title)), show_header=False)
+    table = Table(title=Text(plain(title)), show_header=False)
     for name, value in _lines(result):
-        table.add_row(Text(name), Text(printable(value)))
+        table.add_row(Text(name), Text(plain(value)))
     Console(highlight=False).print(table)
 
 

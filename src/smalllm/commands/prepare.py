@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from smalllm.config import UserError
 from smalllm.data.prepare import PrepareProgress, PrepareResult
 from smalllm.data.prepare import prepare as prepare_dataset
 
@@ -37,7 +38,7 @@ STAGES = {"read": "reading documents", "tokenizer": "learning the vocabulary", "
 
 
 def prepare(
-    *sources: Annotated[str, Parameter(name="SOURCE", show_default=False)],
+    *sources: Annotated[str, Parameter(name="SOURCE", allow_leading_hyphen=True)],
     out: Annotated[Path, Parameter(name="--out")],
     vocab_size: Annotated[int, Parameter(name="--vocab-size")] = 4096,
     tokenizer: Annotated[Path | None, Parameter(name="--tokenizer")] = None,
@@ -56,8 +57,8 @@ def prepare(
     ----------
     sources
         storyworld[:STORIES], tinystories, hf://datasets/OWNER/NAME[/FILE], a file, a folder, a glob
-        (.txt .jsonl .csv .parquet .json .gz), or - for standard input. In .txt a line <|endoftext|> separates documents;
-        without one, a file is a document, and a single long document is cut at paragraphs.
+        (.txt .jsonl .csv .parquet .json .gz), or - for standard input. In .txt a line <|endoftext|> separates
+        documents; without one, a file is a document, and a single long document is cut at paragraphs.
     out
         The dataset folder to make.
     vocab_size
@@ -81,6 +82,8 @@ def prepare(
     json_output
         Print one JSON object to standard output.
     """
+    if unknown := [source for source in sources if source.startswith("-") and source != "-"]:
+        raise UserError(f"option {unknown[0]} is unknown; see `smalllm prepare --help`")
     console = Console(stderr=True)
     report, finish = _bars(console) if console.is_terminal else (_lines(console), lambda: None)
     try:
@@ -127,7 +130,9 @@ def _lines(console: Console) -> Callable[[PrepareProgress], None]:
     def report(state: PrepareProgress) -> None:
         if state.seconds - last.get(state.stage, -10.0) >= 10.0:
             last[state.stage] = state.seconds
-            console.print(Text(f"{STAGES[state.stage]}: {state.documents:,} documents, {state.done_bytes / 1e6:.1f} MB"))
+            console.print(
+                Text(f"{STAGES[state.stage]}: {state.documents:,} documents, {state.done_bytes / 1e6:.1f} MB")
+            )
 
     return report
 
@@ -141,7 +146,9 @@ def _summary(result: PrepareResult) -> str:
         f"  vocabulary  {result.vocab_size:,} pieces, {result.bytes_per_token:.2f} bytes per token",
     ]
     if result.duplicates or result.empty:
-        lines.append(f"  left out    {result.duplicates:,} copies of validation documents, {result.empty:,} empty documents")
+        lines.append(
+            f"  left out    {result.duplicates:,} copies of validation documents, {result.empty:,} empty documents"
+        )
     if not result.reused:
         lines.append(f"  speed       {result.megabytes_per_second:.1f} MB/s, {result.seconds:.1f} s")
     return "\n".join([*lines, f"next: smalllm train --data {out}"])

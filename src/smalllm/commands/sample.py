@@ -12,8 +12,9 @@ from rich.text import Text
 
 from smalllm.checkpoint import open_run
 from smalllm.config import UserError
-from smalllm.generation import ROWS, Completion, Generator, SamplingParams, printable
+from smalllm.generation import ROWS, Completion, Generator, SamplingParams
 from smalllm.hardware import pick_device
+from smalllm.terminal import plain
 
 SEPARATOR = "\n\n---\n\n"
 
@@ -21,7 +22,7 @@ SEPARATOR = "\n\n---\n\n"
 def sample(
     run: Annotated[str | None, Parameter(name="RUN", show_default=False)] = None,
     *,
-    prompt: Annotated[str, Parameter(name="--prompt")] = "Once upon a time",
+    prompt: Annotated[str, Parameter(name="--prompt", allow_leading_hyphen=True)] = "Once upon a time",
     count: Annotated[int, Parameter(name="--count")] = 1,
     max_tokens: Annotated[int, Parameter(name="--max-tokens")] = 200,
     temperature: Annotated[float, Parameter(name="--temperature")] = 0.8,
@@ -91,18 +92,22 @@ def _standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"the prompt on standard input is not UTF-8 text (byte {error.start}); convert it first") from None
+        raise UserError(
+            f"--prompt -: standard input is not UTF-8 text at byte {error.start}; convert it first"
+        ) from None
 
 
 def _stream(generator: Generator, prompt: str, params: SamplingParams, console: Console) -> None:
     _write_prompt(console, prompt)
     for chunk in generator.stream(prompt, params):
-        console.file.write(printable(chunk.text))
+        console.file.write(plain(chunk.text))
         console.file.flush()
     console.file.write("\n")
 
 
-def _write_all(generator: Generator, prompt: str, count: int, params: SamplingParams, console: Console, as_json: bool) -> None:
+def _write_all(
+    generator: Generator, prompt: str, count: int, params: SamplingParams, console: Console, as_json: bool
+) -> None:
     """Texts in groups that are decoded together, each printed when its group is done."""
     for start in range(0, count, ROWS):
         indices = range(start, min(start + ROWS, count))
@@ -112,14 +117,17 @@ def _write_all(generator: Generator, prompt: str, count: int, params: SamplingPa
             else:
                 console.file.write(SEPARATOR if index else "")
                 _write_prompt(console, prompt)
-                console.file.write(printable(completion.text))
+                console.file.write(plain(completion.text))
         console.file.flush()
     console.file.write("" if as_json else "\n")
 
 
 def _write_prompt(console: Console, prompt: str) -> None:
     """The prompt, in bold on a terminal; as Text, because markup in it is text."""
-    console.print(Text(printable(prompt), style="bold" if console.is_terminal else ""), end="", soft_wrap=True)
+    if console.is_terminal:
+        console.print(Text(plain(prompt), style="bold"), end="", soft_wrap=True)
+    else:
+        console.file.write(plain(prompt))
 
 
 def _json_line(completion: Completion) -> str:

@@ -2,16 +2,16 @@
 
 It knows nothing of models and training, and of formats and hubs only what `sources` tells it.
 
-1. Every document is copied once to a spool file in the dataset's folder; memory keeps 16 bytes for each (its place and a
-   64-bit hash of its text and the seed).
+1. Every document is copied once to a spool file in the dataset's folder; memory keeps 16 bytes for each (its place and
+   a 64-bit hash of its text and the seed).
 2. The hash decides the side, so equal texts fall on the same side. Texts of the validation side occur there once, and
    nowhere in training.
-3. A seeded permutation of all documents is the stored order. The tokenizer learns from the first 20 MB of training text in
-   that order: an even sample of everything.
+3. A seeded permutation of all documents is the stored order. The tokenizer learns from the first 20 MB of training text
+   in that order: an even sample of everything.
 4. Batches of documents are encoded on all threads and appended to shards; the manifest comes last.
 
-The result depends on the documents and the settings, never on the number of workers. A prepare that was interrupted leaves
-no manifest; the next one removes what it finds and starts again.
+The result depends on the documents and the settings, never on the number of workers. An interrupted prepare leaves no
+manifest; the next one removes what it finds and starts again.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from smalllm.tokenizer import MAX_PIECES, Tokenizer
 VALID_FRACTION = 0.02
 SAMPLE_BYTES = 20_000_000
 BATCH_BYTES = 4_000_000
+REPORT_SECONDS = 0.1
 SPOOL = ".spool"
 LOCK = ".lock"
 OURS = re.compile(r"\.lock|\.spool|manifest\.json|tokenizer\.model|(train|valid)-\d{5}\.bin|\..+\.tmp")
@@ -70,7 +71,7 @@ class PrepareProgress:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What a prepare made. Bytes are UTF-8 bytes of text; megabytes are 10^6 of them, per second of the whole prepare."""
+    """What a prepare made. Bytes are UTF-8 bytes of text; a megabyte is 10^6; the rate is that of the whole prepare."""
 
     out: str
     train_documents: int
@@ -118,10 +119,11 @@ def prepare(
 ) -> PrepareResult:
     """Make the dataset folder `out` from `sources`.
 
-    Validation comes from `valid`; else from the source's own validation (tinystories, storyworld), unless `valid_fraction`
-    is given; else a fraction (0.02) of the documents is held out. `num_files`, `sample_rate` and `limit` apply to `sources`
-    only. A given `tokenizer` decides the vocabulary and `vocab_size` does not count. If `out` already holds the dataset of
-    these settings it is kept (`reused`). Raises UserError for every mistake of the user.
+    Validation comes from `valid`; else from the source's own validation (tinystories, storyworld), unless
+    `valid_fraction` is given; else a fraction (0.02) of the documents is held out. A single document, such as a book,
+    is first cut into passages. `num_files`, `sample_rate` and `limit` apply to `sources` only. A given `tokenizer` decides
+    the vocabulary and `vocab_size` does not count. If `out` already holds the dataset of these settings it is kept
+    (`reused`). Raises UserError for every mistake of the user.
     """
     settings = Settings(vocab_size, valid_fraction, num_files, sample_rate, limit, seed)
     _check_settings(sources, valid, settings, workers)
@@ -147,7 +149,7 @@ def prepare(
 
 
 class _Clock:
-    """Seconds since the start, and reports of progress ten times a second at most."""
+    """Seconds since the start, and reports of progress, REPORT_SECONDS apart."""
 
     def __init__(self, report: Callable[[PrepareProgress], None] | None) -> None:
         self._report, self._start, self._last = report, time.perf_counter(), 0.0
@@ -157,7 +159,7 @@ class _Clock:
         return time.perf_counter() - self._start
 
     def report(self, stage: Stage, documents: int, done: int, total: int | None = None) -> None:
-        if self._report and (self.seconds - self._last > 0.1 or done == total):
+        if self._report and (self.seconds - self._last >= REPORT_SECONDS or done == total):
             self._last = self.seconds
             self._report(PrepareProgress(stage, documents, done, total, self.seconds))
 

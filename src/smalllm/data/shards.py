@@ -2,9 +2,10 @@
 
 A dataset folder:
 
-    manifest.json                          written last: a folder without one is not a dataset
+    manifest.json           written last: a folder without one is not a dataset
     tokenizer.model
-    train-00000.bin ...  valid-00000.bin   raw little-endian uint16 (uint32 above 65,536 pieces), <s> tokens </s> per document
+    train-00000.bin ...     raw little-endian uint16 (uint32 above 65,536 pieces): <s> tokens </s> of every document
+    valid-00000.bin ...
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import weakref
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -105,13 +106,12 @@ class Manifest(Record):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON without `created_with`: equal data made by two versions is equal."""
-        content = self.model_dump(mode="json", exclude={"created_with"})
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _canonical_sha256(self.model_dump(mode="json", exclude={"created_with"}))
 
     def save(self, folder: Path) -> None:
-        """Write manifest.json atomically, with its own fingerprint, so that a damaged manifest is noticed."""
-        content = {**self.model_dump(mode="json"), "fingerprint": self.fingerprint}
+        """Write manifest.json atomically, with the SHA-256 of its content, so that a damaged manifest is noticed."""
+        content = self.model_dump(mode="json")
+        content["sha256"] = _canonical_sha256(content)
         temporary = folder / f".{MANIFEST}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=1) + "\n")
@@ -126,17 +126,19 @@ class Manifest(Record):
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            fingerprint = content.pop("fingerprint", None)
+            digest = content.pop("sha256", None)
             manifest = cls.model_validate(content)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); make the dataset with `smalllm prepare`") from None
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); make the dataset with `smalllm prepare`"
+            ) from None
         except ValidationError as error:
             place = ".".join(map(str, error.errors()[0]["loc"])) or "manifest"
             raise UserError(f"{path} is damaged ({place}: {error.errors()[0]['msg']}); {REMAKE}") from None
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{path} is damaged (not a JSON object in UTF-8); {REMAKE}") from None
-        if fingerprint != manifest.fingerprint:
-            raise UserError(f"{path} is damaged (its content does not match its fingerprint); {REMAKE}")
+        if digest != _canonical_sha256(content):
+            raise UserError(f"{path} is damaged (its content does not match its SHA-256); {REMAKE}")
         return manifest
 
 
@@ -194,7 +196,9 @@ class TokenSplit:
         wanted = count * self.dtype.itemsize
         data = read_at(self._files[shard], offset * self.dtype.itemsize, wanted)
         if len(data) != wanted:
-            raise UserError(f"{self._paths[shard]} ended early: {len(data)} of {wanted} bytes at token {offset}; {REMAKE}")
+            raise UserError(
+                f"{self._paths[shard]} ended early: {len(data)} of {wanted} bytes at token {offset}; {REMAKE}"
+            )
         tokens = np.frombuffer(data, self.dtype)
         if count and int(tokens.max()) >= self._limit:
             self._refuse_id(shard, offset, tokens)
@@ -300,6 +304,11 @@ class ShardWriter:
             file=self._name, tokens=self._tokens, documents=self._documents, sha256=self._hash.hexdigest()
         )
         self._records.append(record)
+
+
+def _canonical_sha256(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:

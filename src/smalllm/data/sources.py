@@ -1,13 +1,13 @@
 """Documents as an iterator: built-in stories, files of several formats, standard input, the Hugging Face hub.
 
-It knows nothing of tokens, splits or training, and it is the only module that talks to a hub. Everything streams: memory
-holds one document and a buffer, whatever the size of the file.
+It knows nothing of tokens, splits or training, and it is the only module that talks to a hub. Everything streams:
+memory holds one document and a buffer, whatever the size of the file.
 
 What a document is:
 
-    .txt      the text between lines that are exactly `<|endoftext|>`; without such a line, the whole file. Newlines at both
-              ends of a document are dropped, all else is kept. A file that reaches 8 million characters without a separator
-              is cut at blank lines into passages of 2,000 characters and more.
+    .txt      the text between lines that are exactly `<|endoftext|>`; without such a line, the whole file. Newlines at
+              both ends of a document are dropped, all else is kept. A file that reaches 8 million characters without a
+              separator is cut at blank lines into passages of 2,000 characters and more.
     .jsonl    each line: a string, or an object with `text`, `story` or `content`
     .json     one such value, several, or one array of them
     .csv      rows of the column `text`, `story` or `content`, or of the only column; the first row is the header
@@ -120,8 +120,8 @@ def documents(
 ) -> Iterator[str]:
     """The documents of a source in its own order.
 
-    `sample_rate` keeps a document by a hash of (seed, its number), `limit` ends after so many kept ones, `num_files` takes
-    the first files of a folder, glob, hub repository or archive. Raises UserError for anything that cannot be read.
+    `sample_rate` keeps a document by a hash of (seed, its number), `limit` ends after so many kept ones, `num_files`
+    takes the first files of a folder, glob, hub repository or archive. Raises UserError for what cannot be read.
     """
     _check_selection(sample_rate, limit, num_files)
     source = open_source(source, num_files=num_files) if isinstance(source, str) else source
@@ -141,7 +141,7 @@ def documents(
 
 
 def open_source(source: str, *, num_files: int | None = None) -> Source:
-    """Find what a SOURCE word names, downloading from the hub what is not in its cache; UserError when there is none."""
+    """Find what a SOURCE word names, downloading from the hub what is not cached; UserError when there is none."""
     _check_selection(1.0, None, num_files)
     word, _, rest = source.partition(":")
     if word == "storyworld" or source == "-":
@@ -211,10 +211,14 @@ def _storyworld(rest: str) -> Source:
     """`storyworld[:STORIES[@START]]`; its validation stories are as many as 2 % of it."""
     match = re.fullmatch(r"(\d{1,9})(?:@(\d{1,12}))?", rest or str(DEFAULT_STORIES))
     if match is None or int(match[1]) == 0:
-        raise UserError(f"source storyworld:{rest} needs a number of stories from 1, as in storyworld:{DEFAULT_STORIES}")
+        raise UserError(
+            f"source storyworld:{rest} needs a number of stories from 1, as in storyworld:{DEFAULT_STORIES}"
+        )
     count, start = int(match[1]), int(match[2] or 0)
     name = f"storyworld:{count}" + (f"@{start}" if start else "")
-    return Source(name, stories=range(start, start + count), validation=f"storyworld:{count // 50 + 1}@{HELD_OUT_START}")
+    return Source(
+        name, stories=range(start, start + count), validation=f"storyworld:{count // 50 + 1}@{HELD_OUT_START}"
+    )
 
 
 def _local_paths(source: str) -> list[Path]:
@@ -227,8 +231,11 @@ def _local_paths(source: str) -> list[Path]:
             return [_check_suffix(path)]
         if glob.has_magic(source):
             return _readable(source, [Path(name) for name in glob.glob(source, recursive=True)])
-    except (OSError, ValueError) as error:
-        raise UserError(f"source {source[:200]!r} cannot be read ({error}); give another path") from None
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # no permission, a name too long, a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"source {source[:200]!r} cannot be read ({reason}); give another path") from None
     raise UserError(
         f"source {source[:200]} does not exist; give a file, a folder, a glob, `storyworld`, `tinystories` "
         "or hf://datasets/OWNER/NAME"
@@ -238,7 +245,9 @@ def _local_paths(source: str) -> list[Path]:
 def _readable(source: str, files: list[Path]) -> list[Path]:
     found = sorted(file for file in files if file.name.endswith(READABLE) and file.is_file())
     if not found:
-        raise UserError(f"source {source} holds no text files; it must hold files ending in {', '.join(SUFFIXES)} or .gz")
+        raise UserError(
+            f"source {source} holds no text files; it must hold files ending in {', '.join(SUFFIXES)} or .gz"
+        )
     return found
 
 
@@ -248,7 +257,9 @@ def _hidden(relative: Path) -> bool:
 
 def _check_suffix(path: Path) -> Path:
     if not path.name.lower().endswith(READABLE):
-        raise UserError(f"{path} has an unknown format; rename or convert it to one of {', '.join(SUFFIXES)}, or .gz of them")
+        raise UserError(
+            f"{path} has an unknown format; rename or convert it to one of {', '.join(SUFFIXES)}, or .gz of them"
+        )
     return path
 
 
@@ -268,7 +279,9 @@ def _read_path(path: Path, members: int | None) -> Iterator[str]:
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
         raise UserError(f"{path} is damaged ({error}); get it again") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file and its permissions") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}); check the file and its permissions"
+        ) from None
 
 
 def _read_stream(stream: BinaryIO, name: str) -> Iterator[str]:
@@ -453,7 +466,9 @@ def _text_of(value: Any, place: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{place} has a lone surrogate (character {error.start}), not valid Unicode; remove it") from None
+        raise UserError(
+            f"{place} has a lone surrogate (character {error.start}), not valid Unicode; remove it"
+        ) from None
     return value
 
 
@@ -477,15 +492,17 @@ def _read_csv(stream: BinaryIO, name: str) -> Iterator[str]:
     try:
         for row in rows:
             if row and column >= len(row):
-                raise UserError(f"{name} line {rows.line_num} has {len(row)} columns and its header {len(header)}; mend it")
+                raise UserError(
+                    f"{name} line {rows.line_num} has {len(row)} columns and its header {len(header)}; mend it"
+                )
             yield row[column] if row else ""
     except csv.Error as error:
         raise UserError(f"{name} line {rows.line_num} is not CSV ({error}); mend or convert it") from None
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow  # type: ignore[import-untyped]  # here, because it is slow to import
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    import pyarrow  # here, because it is slow to import
+    from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
@@ -503,11 +520,12 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _HubFile:
-    """What the hub says of a file: size in bytes, and SHA-256 if it is a large file."""
+    """What the hub says of a file (size in bytes, SHA-256 if it is a large one), or where the cache has it."""
 
     name: str
-    size: int | None
-    sha256: str | None
+    size: int | None = None
+    sha256: str | None = None
+    cached: Path | None = None
 
 
 def _hub_source(name: str, address: str, num_files: int | None, validation: str | None) -> Source:
@@ -515,30 +533,38 @@ def _hub_source(name: str, address: str, num_files: int | None, validation: str 
     match = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)(?:/(.+))?", address.rstrip("/"))
     if match is None:
         raise UserError(f"source {address} must look like hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/FILE")
-    paths = tuple(_hub_paths(match[1], match[2], num_files))
+    repo, pattern = match[1], match[2]
+    files = _hub_files(repo)
+    chosen = _choose(repo, pattern, list(files))
+    if pattern is None and (held_out := _held_out_pattern(chosen[0], list(files))):
+        validation = f"hf://datasets/{repo}/{held_out}"
+    paths = tuple(_download(repo, files[name]) for name in chosen[:num_files])
     return Source(name, paths, validation=validation, members=num_files)
 
 
-def _hub_paths(repo: str, pattern: str | None, num_files: int | None) -> list[Path]:
+def _hub_files(repo: str) -> dict[str, _HubFile]:
     import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
         listing = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True).siblings or []
-    except Exception as error:
-        return _cached_paths(repo, pattern, num_files, error)
-    files = {item.rfilename: _HubFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None) for item in listing}
-    return [_download(repo, files[name]) for name in _choose(repo, pattern, list(files))[:num_files]]
+    except Exception as error:  # the client raises errors of four libraries
+        return _cached_files(repo, error)
+    files = [_HubFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None) for item in listing]
+    return {file.name: file for file in files}
 
 
 def _download(repo: str, file: _HubFile) -> Path:
     import huggingface_hub
 
+    if file.cached:
+        return file.cached
+
     try:
         path = Path(huggingface_hub.hf_hub_download(repo, file.name, repo_type="dataset"))
-    except Exception as error:
+    except Exception as error:  # as above
         raise UserError(_hub_sentence(error, f"{repo}/{file.name}")) from None
     if damage := _damage(path, file):
         path.resolve().unlink(missing_ok=True)  # or every later run would find it in the cache
@@ -570,7 +596,9 @@ def _choose(repo: str, pattern: str | None, names: list[str]) -> list[str]:
     if pattern is not None:
         if chosen := [name for name in readable if name == pattern or fnmatchcase(name, pattern)]:
             return chosen
-        raise UserError(f"dataset {repo} has no readable file {pattern}; it has {', '.join(readable[:8]) or 'none at all'}")
+        raise UserError(
+            f"dataset {repo} has no readable file {pattern}; it has {', '.join(readable[:8]) or 'none at all'}"
+        )
     training = [name for name in readable if not re.search(r"valid|test|dev\b", name.lower())] or readable
     training = [name for name in training if "train" in name.lower()] or training
     if chosen := [name for name in training if name.endswith(".parquet")] or training:
@@ -578,28 +606,37 @@ def _choose(repo: str, pattern: str | None, names: list[str]) -> list[str]:
     raise UserError(f"dataset {repo} has no file of a known format; give one that has {', '.join(SUFFIXES)}")
 
 
-def _cached_paths(repo: str, pattern: str | None, num_files: int | None, error: Exception) -> list[Path]:
-    """Without the hub, the files of its cache; where the hub refused, or the cache has none, the error in a sentence."""
+def _held_out_pattern(chosen: str, names: list[str]) -> str | None:
+    """The files of the official validation split: like the chosen ones, but named for validation."""
+    alike = (name for name in names if name.endswith(Path(chosen).suffix))
+    held_out = min((name for name in alike if re.search(r"valid|\bdev\b", name.lower())), default=None)
+    return re.sub(r"\d+-of-\d+", "*", held_out) if held_out else None
+
+
+def _cached_files(repo: str, error: Exception) -> dict[str, _HubFile]:
+    """Without the hub, the files of its cache; if the hub refused or the cache has none, the error in a sentence."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import CacheNotFound
 
-    cached: dict[str, Path] = {}
     try:
         repos = [] if _refused(error) else huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         repos = []
-    for found in repos:
-        if found.repo_id == repo and found.repo_type == "dataset":
-            for revision in sorted(found.revisions, key=lambda revision: revision.last_modified):
-                cached.update({_name_in(revision.snapshot_path, file.file_path): file.file_path for file in revision.files})
-    if not cached:
+    revisions = [
+        revision
+        for found in repos
+        if (found.repo_id, found.repo_type) == (repo, "dataset")
+        for revision in found.revisions
+    ]
+    files: dict[str, _HubFile] = {}
+    for revision in sorted(revisions, key=lambda revision: revision.last_modified):
+        for file in revision.files:
+            name = file.file_path.relative_to(revision.snapshot_path).as_posix()
+            files[name] = _HubFile(name, cached=file.file_path)
+    if not files:
         raise UserError(_hub_sentence(error, repo)) from None
-    return [cached[name] for name in _choose(repo, pattern, list(cached))[:num_files]]
-
-
-def _name_in(folder: Path, file: Path) -> str:
-    return file.relative_to(folder).as_posix()
+    return files
 
 
 def _status(error: Exception) -> int | None:

@@ -26,6 +26,7 @@ How to read the grammar. `name:` opens a rule and each `- ` line is one equally 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import random
@@ -44,37 +45,32 @@ PLAIN = """
 weather: sunny, bright, breezy, misty, cloudy, golden, windy, quiet, clear, mild, lovely, dewy, calm, fresh, glorious,
     drowsy, sparkling, peaceful, pleasant, hazy, cool, silvery, fine, blustery
 part: morning, afternoon
-trait: kind, curious, cheerful, clever, gentle, merry, playful, dreamy, helpful, lively, tidy, quiet, bouncy, friendly,
+trait: kind, curious, cheerful, clever, gentle, merry, playful, dreamy, helpful, lively, tidy, modest, bouncy, friendly,
     thoughtful, polite, busy, jolly, eager, adventurous, imaginative, giggly, bright-eyed, sensible, good-natured,
     warm-hearted, funny, talkative, careful, musical, energetic, affectionate
 cosy: cosy, tiny, crooked, sunny, snug, round, old, little, tall, bright, narrow, wooden, mossy, thatched, painted,
     pretty, neat, whitewashed, humble, ivy-covered, rambling, charming, lopsided, weathered
-wild: blue, green, misty, windy, wide, quiet, deep, peaceful, silver, sleepy, golden, sparkling, gentle, lonely, lovely,
+wild: blue, famous, misty, windy, shady, quiet, pretty, peaceful, silver, sleepy, golden, sparkling, breezy, lonely, lovely,
     whispering
 beside: beside, near, close to, not far from, just beyond, overlooking
 relative: sister, brother, cousin, neighbour, grandparents, twin cousins, classmates, big sister, little brother,
-    nieces, best friends, family
+    nieces
 kin: sister, brother, cousin, neighbour, teacher, big sister, big brother, little cousin
 hobby: painting pictures, reading books, baking bread, singing songs, building towers, telling stories, drawing maps,
     knitting socks, playing checkers, making puppets, writing poems, beating drums, stringing beads, folding paper,
     solving riddles, sorting buttons, playing the fiddle, mending clocks, sewing cushions, stirring soup,
-    polishing spoons, reciting rhymes, inventing games, collecting stamps, carving whistles, weaving baskets,
-    learning tricks, making candles, practising magic, playing dominoes, arranging flowers, humming tunes
+    polishing spoons, reciting rhymes, inventing games, collecting stamps, carving whistles, weaving baskets
 outdoor: climbing trees, chasing butterflies, splashing in puddles, flying kites, picking berries, skipping stones,
     watching clouds, digging holes, rolling down hills, feeding ducks, gathering acorns, jumping rope,
-    sailing paper boats, looking for shells, building dens, swinging on gates, catching leaves,
-    exploring caves, following trails, wading in streams, searching for fossils, picking mushrooms, rowing boats,
-    fishing for minnows, hunting for treasure, riding ponies, making mud pies, blowing bubbles,
-    balancing on logs, listening to birds, drawing in the sand, turning somersaults
+    sailing paper boats, looking for shells, building dens, swinging on gates, catching leaves, exploring caves,
+    following trails, wading in streams, searching for fossils, picking mushrooms, rowing boats, fishing for minnows,
+    hunting for treasure, riding ponies
 eyes: brown, blue, green, grey, hazel, amber, dark, twinkling
 smile: shy, wide, warm, dimpled, bright, crooked, gentle, cheeky, toothy, sweet, sunny, quick, merry, dazzling, radiant,
     mischievous
 pocketful: pebbles, buttons, acorns, marbles, feathers, crumbs, shells, ribbons, seeds, chestnuts, beads, corks,
-    peppermints, pine cones, coins, crayons, conkers, twigs, raisins, toffees, walnuts, snail shells, stickers, leaves
-laugh: laugh, voice, giggle, whistle, chuckle, hum, footsteps, greeting
-wear: boots, trousers, socks, gloves, mittens, dungarees, pyjamas, sandals, slippers, overalls, shoes, stockings
-bird: robin, wren, blackbird, sparrow, finch, lark, thrush, cuckoo, dove, swallow, jay, magpie, starling, woodpecker,
-    nightingale, goldfinch
+    peppermints, pine cones, coins, crayons, conkers, twigs, raisins, toffees
+wear: boots, trousers, socks, gloves, mittens, dungarees, pyjamas, sandals
 birds: robins, wrens, blackbirds, sparrows, finches, larks, thrushes, cuckoos, doves, swallows, jays, magpies,
     starlings, woodpeckers, nightingales, goldfinches
 sing: singing, chirping, twittering, whistling, chattering, trilling, humming, warbling, cheeping, calling, piping,
@@ -82,30 +78,27 @@ sing: singing, chirping, twittering, whistling, chattering, trilling, humming, w
 tree: birch, oak, willow, chestnut, maple, elm, ash, beech, cherry, apple, pear, plum, hazel, alder, rowan, poplar
 smell: clover, hay, mint, lavender, honey, pine, roses, thyme, violets, moss, jasmine, warm earth, ripe plums,
     fresh bread, wet grass, wood smoke, lilac, rosemary, sea salt, honeysuckle, camomile, toast, peppermint, blossom,
-    cinnamon, oranges, fir cones, apples, soap, mushrooms, wild garlic, roses and rain
-bugs: butterflies, bees, dragonflies, ladybirds, bumblebees, beetles, moths, grasshoppers, damselflies, crickets,
-    hoverflies, mayflies
-bug: butterfly, bee, dragonfly, ladybird, bumblebee, beetle, moth, grasshopper, firefly, cricket, caterpillar, snail
+    cinnamon, oranges, fir cones, apples
+bug: butterfly, bee, dragonfly, ladybird, bumblebee, beetle, moth, grasshopper, firefly, cricket
 flowers: daisies, tulips, poppies, bluebells, buttercups, foxgloves, lilies, violas, primroses, snowdrops, daffodils,
     pansies, marigolds, cornflowers, irises, asters, hollyhocks, peonies, crocuses, forget-me-nots, geraniums,
-    dahlias, sweet peas, cowslips
+    dahlias, zinnias, cowslips
 petal: yellow, pale, white, bright, pink, tall, fragrant, wild, velvety, nodding, fresh, blue, dewy, purple, dainty,
     red, sweet, crimson, fading, golden, starry, lovely, scented, tiny
 critter: toad, frog, newt, lizard, worm, hare, goose, hen, donkey, goat, pony, calf, turtle, weasel, shrew, vole,
-    pheasant, rooster, duck, swan, heron, dormouse, tortoise, peacock, cow, sheep, pigeon, raven, gull, stork, crab,
-    turkey
-fluffy: tiny, sleepy, fluffy, plump, speckled, fuzzy, shaggy, grumpy, spotted, shiny, dusty, nosy, sturdy, slender,
-    handsome, comical, bashful, solemn, nimble, hungry, ragged, elegant, wobbly, dozing, silent, startled, puzzled,
-    muddy, wrinkled, chubby, graceful, enormous, proud, lazy, scruffy, dainty, clumsy, dignified, cheeky, noisy,
+    pheasant, rooster, duck, swan, heron, dormouse, tortoise, peacock, cow, sheep, pigeon, raven
+fluffy: tiny, sleepy, fluffy, plump, speckled, fuzzy, shaggy, grumpy, spotted, shiny, dusty, nosy, sturdy, jolly,
+    handsome, comical, bashful, solemn, nimble, hungry, ragged, elegant, wobbly, freckled, frisky, startled, puzzled,
+    muddy, wrinkled, chubby, graceful, glossy, proud, charming, scruffy, dainty, merry, dignified, cheeky, noisy,
     lonely, restless, cuddly, peculiar, curious, stubborn, bewildered, stripy
 number: two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, twenty
 shape: castles, dragons, whales, ships, elephants, feathers, teacups, snowmen, mushrooms, giraffes, pillows, kings,
     turtles, sheep, swans, mountains, balloons, dolphins, camels, kettles, hippos, wagons, peacocks, islands,
-    pirates, fairies, puddings, comets, mermaids, unicorns, giants, lanterns
-big_adj: huge, towering, tangled, hollow, crooked, leafy, mossy, knobbly, ancient, prickly, rickety, crumbling, twisted,
-    rusty, dusty, shadowy, broken, grey, wooden, lopsided, mouldy, gnarled, old, dark, faded, painted, muddy, leaning,
-    heavy, rotten, scratched, forgotten
-spot_noun: bench, bush, wheelbarrow, wagon, barrel, woodpile, shed, hedge, well, statue, scarecrow, signpost, boulder,
+    pirates, fairies, puddings, comets, mermaids, unicorns
+big_adj: huge, crooked, mossy, ancient, dusty, shadowy, grey, lopsided, old, dark, muddy, leaning, forgotten, mysterious,
+    tall, little, lonely, sunlit, round, shabby, weathered, damp, strange, low, battered, enormous, small, funny,
+    sturdy, bent, brown, shady
+spot_noun: bench, bush, wheelbarrow, fountain, barrel, woodpile, shed, hedge, well, statue, scarecrow, signpost, boulder,
     trunk, fence, wall, gate, haystack, stump, trough, cart, ladder, log, beehive, pump, crate, sundial, birdbath,
     rock, tree, post, bucket
 looked: looked, peered, peeked, searched, poked about, hunted, rummaged, peeped
@@ -115,15 +108,15 @@ went: hurried, skipped, hopped, trotted, strolled, wandered, walked, ran, ambled
     danced, bounced, scampered
 elder: old, wise, friendly, helpful, kindly, sprightly, cheery, patient, smiling, grey-haired, stout, neighbourly,
     twinkly, gentle, polite, whiskery
-kindly: softly, kindly, warmly, gently, brightly, politely, quietly, cheerfully, sweetly, calmly, tenderly, earnestly,
-    patiently, thoughtfully, firmly, sincerely, simply, fondly, wisely, generously, solemnly, graciously, lovingly,
-    honestly, seriously, shyly, readily, considerately, frankly, courteously, pleasantly, amiably
+kindly: softly, kindly, warmly, gently, brightly, politely, quietly, cheerfully, sweetly, calmly, tenderly,
+    earnestly, patiently, thoughtfully, firmly, sincerely, simply, fondly, wisely, generously, solemnly, graciously,
+    lovingly, honestly
 happily: happily, proudly, joyfully, merrily, gladly, loudly, excitedly, eagerly, delightedly, breathlessly, cheerily,
-    gleefully, heartily, blissfully, jubilantly, triumphantly, wildly, playfully, brilliantly, gaily, jauntily,
-    thankfully, gratefully, contentedly
+    gleefully, heartily, blissfully, jubilantly, triumphantly, wildly, playfully, grandly, gaily, jauntily,
+    sweetly, warmly, brightly
 slowly: slowly, quickly, carefully, silently, steadily, bravely, nervously, swiftly, cautiously, briskly, lightly,
-    hastily, boldly, neatly, hopefully, timidly, nimbly, diligently, calmly, thoroughly, cleverly, busily, clumsily,
-    dreamily
+    hastily, boldly, quietly, hopefully, timidly, nimbly, calmly, clumsily, dreamily, patiently, gingerly, eagerly,
+    thoughtfully
 sadly: sadly, quietly, tearfully, glumly, miserably, softly, gloomily, mournfully, shakily, wearily, faintly, unhappily,
     hoarsely, bitterly, meekly, weakly
 swiftly: quickly, swiftly, hastily, at top speed, like the wind, in a flash, without a word, as fast as possible
@@ -142,24 +135,23 @@ flavour: apple, plum, pear, cherry, honey, ginger, lemon, pumpkin, vanilla, waln
     gooseberry, treacle, oat, poppy-seed, fig, nutmeg
 treats: buns, muffins, biscuits, pancakes, dumplings, scones, cookies, tarts, rolls, waffles, turnovers, crumpets,
     cupcakes, pies, fritters, pastries
+ripe: ripe, juicy, plump, shiny, fragrant, rosy, mellow, luscious, glossy, big, beautiful, velvety
 drink: apple juice, mint tea, warm milk, hot cocoa, cold lemonade, ginger beer, elderflower water, honey milk,
-    nettle tea, orange juice, spring water, rosehip tea, pear juice, buttermilk, barley water, berry punch
-cuddly: soft, woolly, patchwork, cosy, quilted, feathery, knitted, velvety, downy, checked, thick, flowery
-blanket: blanket, quilt, eiderdown, bedspread, duvet, shawl, coverlet, rug
+    nettle tea, orange juice, spring water, rosehip tea
+cuddly: soft, woolly, patchwork, cosy, padded, feathery, knitted, velvety, downy, checked, thick, flowery
+blanket: blanket, quilt, eiderdown, bedspread, duvet, shawl
 big: big, gentle, long, grateful, cheerful, tight, tender, clumsy, bouncy, wonderful, loving, hearty
 best: kindest, cleverest, sweetest, bravest, wisest, dearest, truest, finest, gentlest, loveliest, noblest, nicest
 world: world, village, valley, country, county, kingdom, land, neighbourhood
 soon: Soon, Before long, In a little while, By and by, After a while, At last, Presently, A little later
-cold: a cold, a cough, a fever, a sore throat, a tummy ache, a sprained ankle, a toothache, the chickenpox,
-    the hiccups, an earache, the sniffles, a bumped knee
-game: marbles, hide-and-seek, leapfrog, skittles, tag, rounders, badminton, croquet, pirates, explorers, football,
-    hopscotch
+cold: a cold, a cough, a fever, a sore throat, a tummy ache, a sprained ankle, a toothache, the chickenpox
+game: marbles, hide-and-seek, leapfrog, skittles, tag, rounders, badminton, croquet
 spooky: creaking, rustling, scratching, moaning, tapping, whistling, rattling, squeaking, thumping, dripping, groaning,
     sighing
 trembled: trembled, shivered, shook, quivered, wobbled, swallowed
 breath: deep, long, shaky, slow, brave, enormous, careful, quick
 patter: pattered, drummed, splashed, poured, tumbled, lashed, streamed, hammered
-thunder: boomed, rumbled, growled, crashed, roared, rolled, thundered, grumbled
+thunder: boomed, rumbled, growled, crashed, roared, rolled, echoed, grumbled
 gleamed: sparkled, glittered, shimmered, danced, gleamed, twinkled, glowed, shone
 material: wool, paper, felt, velvet, string, straw, silk, cotton, clay, cardboard, linen, beads, lace, leather, shells,
     feathers
@@ -167,33 +159,31 @@ snipped: snipped, glued, stitched, folded, painted, threaded, tied, wove
 days: two days, three days, four days, five days, six days, a week, two weeks, a fortnight
 tired: tired, dusty, sore, dizzy, hot, sticky, breathless, grumpy
 game_verb: played, danced, raced, skipped, frolicked, tumbled, twirled, romped
-tune: tune, song, lullaby, melody, march, jig, ballad, rhyme
+tune: tune, song, lullaby, melody, march, jig
 sweet: sweet, soft, silly, jolly, slow, little, funny, tender
-decor: balloons, streamers, lanterns, garlands, flags, ribbons, candles, banners, paper stars, bunting
+decor: balloons, streamers, lanterns, garlands, flags, ribbons, candles, banners
 path: path, lane, track, trail, stream, hedgerow, footpath, brook
 turn: bend, fork, stile, milestone, crossroads, footbridge, clearing, puddle
 shade: pale, deep, soft, bright, clear, stormy, rosy, hazy, pearly, glowing
 sky_col: blue, grey, pink, golden, silver, lilac
-far_sound: bell, rooster, cart, train, whistle, waterwheel, flute, dog, ferry, brass band, fiddle, trumpet, accordion,
-    drum, harp, bagpipe
 friend: friend, pal, playmate, companion, chum, schoolmate
 dear: dear, good, old, loyal, cheerful, funny, true, faithful, trusty, clever, favourite, lovely
 roomy: roomy, wicker, wooden, big, sturdy, round, heavy, little
 tiny_voice: tiny, faint, squeaky, small, shaky, thin, muffled, frightened
-seedy: tiny, round, flat, striped, speckled, shiny, wrinkled, smooth
+seedy: tiny, round, striped, speckled, shiny, brown, hard, pointed
 earth: soft, dark, warm, damp, rich, crumbly, black, moist
 finest: finest, loveliest, best, most wonderful, most beautiful, prettiest, nicest, most charming
 paper: shiny, crinkly, soft, flowery, checked, sparkly, dotted, yellow, silky, bright, silver, starry
 cross: cross, angry, grumpy, furious, stubborn, sulky, loud, rude
 noise: loud, terrible, mighty, tremendous, dreadful, awful, noisy, frightful
 playing: dancing, jumping, running, skipping, hopping, racing, twirling, juggling
-bouncing: rubber, leather, bouncy, woollen, big, heavy, little, round
+bouncing: rubber, leather, bouncy, woollen, round, heavy, shiny, big
 wet: wet, cold, soaked, shivery, drenched, muddy, dripping, chilly
 cart: rattling, heavy, loaded, squeaky, big, wobbly, painted, long
 cold_wind: cold, wild, howling, mighty, icy, strong, fierce, sharp
-cloth: handkerchief, clean cloth, bandage, napkin, dock leaf, soft scarf, silk ribbon, tea towel
 leaf: tiny, tender, curly, delicate, shiny, pointed, little, heart-shaped
-crowd: mayor, judge, teacher, postman, baker, farmer, miller, doctor
+crowd: mayor, judge, teacher, postman, baker, farmer
+toyish: little, new, old, shiny, lovely, tiny, pretty, big, smooth, handsome, fine, dainty
 merry: merry, glorious, wonderful, splendid, great, jolly, magical, marvellous
 mark: star, heart, moon, flower, crown, anchor, bee, leaf
 idea: clever, bright, bold, brilliant, simple, sudden, splendid, good
@@ -203,9 +193,9 @@ TYPED = """
 boxes: basket, lunch box, rucksack, hamper, pail, satchel, biscuit tin, bag
 weekday: Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday
 girls: Lily, Emma, Rosie, Poppy, Daisy, Hazel, Willow, Clara, Nora, Ella, Mia, Ruby, Molly, Tilly, Ivy, Alice, Maya,
-    Zoe, Anna, Lucy, Sophie, Grace, Nina, Lola, Clover, Pearl, Fern, Heidi, Luna, Bella
+    Zoe, Anna, Lucy, Sophie, Grace, Nina, Lola, Clover, Pearl
 boys: Tom, Max, Ben, Sam, Leo, Finn, Oscar, Jack, Noah, Theo, Milo, Henry, Oliver, Toby, Jasper, Felix, Hugo, Otto,
-    Rusty, Pip, Barney, George, Arlo, Eddie, Rory, Charlie, Dylan, Lewis, Bruno, Alfie
+    Rusty, Pip, Barney, George, Arlo, Eddie, Rory, Charlie
 girl: girl
 boy: boy
 animals: rabbit, bear, mouse, fox, owl, hedgehog, squirrel, badger, otter, mole, duckling, kitten, puppy, piglet, lamb,
@@ -213,30 +203,26 @@ animals: rabbit, bear, mouse, fox, owl, hedgehog, squirrel, badger, otter, mole,
 women: mother, grandmother, aunt, godmother
 men: father, grandfather, uncle, godfather
 houses: cottage, house, cabin, farmhouse, bungalow, lodge, hut, caravan, treehouse, windmill
-lands: river, forest, lake, hills, sea, meadow, orchard, brook, valley, cliffs, mountains, woods, harbour, canal, farm,
-    moor, marsh, glade, bay, waterfall
+lands: river, forest, lake, hills, sea, meadow, orchard, brook, valley, cliffs, mountains, woods, harbour, canal,
+    farm, moor
 colours: red, blue, green, yellow, purple, orange, pink, white, silver, golden, brown, grey, crimson, turquoise,
     striped, spotted
-toys: ball, kite, drum, doll, scarf, hat, bell, basket, book, ribbon, whistle, bucket, mitten, lantern, boat, cap, cup,
+toys: ball, kite, drum, doll, scarf, hat, bell, basket, book, ribbon, whistle, trumpet, mitten, lantern, boat, cap, cup,
     flute, marble, feather, purse, puppet, shovel, necklace, bracelet, backpack, pencil, paintbrush, slipper, glove,
     key, horn, wagon, umbrella, button, kerchief, locket, compass, balloon, brooch
 crafts: blanket, bookmark, cushion, picture frame, pincushion, apron, teddy bear, jewel box, waistcoat, birdhouse,
-    lampshade, photo album, bonnet, rag doll, tea cosy, wreath
-fruits: cherries, apples, plums, pears, peaches, strawberries, raspberries, blackberries, apricots, grapes, walnuts,
-    hazelnuts, carrots, figs, oranges, chestnuts
-plants: sunflower, pumpkin, melon, bean, tomato, marigold, pansy, foxglove, cucumber, turnip, radish, cabbage, lettuce,
-    poppy, beetroot, hollyhock
-fragile: vase, bowl, teapot, plate, jug, mirror, lamp, mug, clock, saucer, pitcher, milk jug, sugar bowl, flowerpot,
-    butter dish, candlestick
-tools: rope, ladder, plank, rake, broom, long stick, fishing rod, walking stick, crowbar, lasso, spade, hoe
+    lampshade, photo album
+fruits: cherries, apples, plums, pears, peaches, strawberries, raspberries, blackberries, apricots, grapes, figs, oranges,
+    melons, bananas
+plants: sunflower, pumpkin, melon, bean, tomato, marigold, pansy, foxglove, cucumber, turnip, radish, cabbage
+fragile: vase, bowl, teapot, plate, jug, mirror, lamp, mug, clock, saucer, pitcher, milk jug
+tools: rope, ladder, plank, rake, broom, long stick, fishing rod, walking stick
 places: old mill, duck pond, village green, apple orchard, rose garden, market square, stone bridge, sandy beach,
-    hay barn, pine forest, river bank, library, bakery, playground, blueberry field, castle ruins, school yard,
-    pumpkin patch, wishing well, railway station, bluebell wood, strawberry field, lily pond, bandstand, boathouse,
-    hilltop, fishing pier, clock tower, tea shop, bowling green, botanic garden, summer house
-shelters: barn, cave, tool shed, greenhouse, toll house, stable, henhouse, chapel, tent, gazebo, lighthouse, town hall
-dark_places: attic, basement, tunnel, cavern, coal shed, pantry, old tower, hayloft, boiler room, woodshed, cellar,
-    mine
-traps: mud, brambles, hollow log, ditch, fishing net, drainpipe, thorn bush, quicksand, ivy, swamp, rabbit hole, reeds
+    hay barn, pine forest, river bank, maple grove, sunflower field, playground, blueberry field, castle ruins, school yard,
+    pumpkin patch, herb garden, picnic meadow, bluebell wood, strawberry field, lily pond, bandstand
+shelters: barn, cave, tool shed, greenhouse, stable, tent, lighthouse, town hall
+dark_places: tunnel, cavern, coal shed, ruined tower, hayloft, woodshed, cellar, mine
+traps: mud, brambles, hollow log, ditch, fishing net, drainpipe, thorn bush, swamp
 glad: happy, proud, glad, joyful, cheerful, delighted, thankful, merry, content, overjoyed, thrilled, lucky, blissful,
     peaceful, hopeful, grateful
 sad: sad, worried, upset, lonely, gloomy, miserable, unhappy, sorry, glum, downhearted, troubled, heavy-hearted
@@ -244,11 +230,10 @@ deeds: bake a honey cake/baked a honey cake | paint a picture/painted a picture 
     write a poem/wrote a poem | knit a scarf/knitted a scarf | build a kite/built a kite |
     cook some soup/cooked some soup | carve a whistle/carved a whistle | dance a jig/danced a jig |
     tell a story/told a story | gather some apples/gathered some apples | draw a map/drew a map |
-    play the fiddle/played the fiddle | make a puppet/made a puppet | bring some tulips/brought some tulips |
-    find a seashell/found a seashell
+    make a puppet/made a puppet
 skills: swim/swimming | whistle/whistling | skate/skating | juggle/juggling | dance/dancing | knit/knitting |
     ski/skiing | sing/singing | sew/sewing | bake/baking | climb/climbing | read/reading | write/writing |
-    paint/painting | row a boat/rowing | ride a bicycle/riding
+    paint/painting
 m_lost: good friends help you look | nothing is lost while friends are near | two pairs of eyes are better than one
 m_promise: a promise is a promise | true friends keep their word | a kept promise warms two hearts
 m_share: sharing makes everything taste sweeter | there is always enough for two | a shared picnic is the best of all
@@ -265,7 +250,7 @@ m_new: every stranger may be a friend | a small hello can start a big friendship
 m_way: it is wise to ask the way | home is the best place of all | kind strangers light the way
 m_race: kindness matters more than winning | friends are better than prizes | the best races end side by side
 m_party: friends never really forget | the best surprises are made by friends | love can hide behind a closed door
-m_finder: giving back feels better than keeping | honesty makes new friends | finders should look for losers
+m_finder: giving back feels better than keeping | honesty makes new friends | finders should look for owners
 """
 
 GRAMMAR = """
@@ -292,8 +277,8 @@ likes:
 - {He} loved [hobby], [outdoor] and [treat].
 - Every [weekday], {he} went [outdoor] with {his} [relative].
 - {His} favourite things were [hobby] and [treat].
-- {h} had [eyes] eyes, [smile.a] smile and a pocket full of [pocketful].
-- Everyone knew {his} [smile] [laugh] and {his} [colours] [wear].
+- {h} had [eyes] eyes, [smile.a] smile and a pocket full of [toyish] [pocketful].
+- Everyone in the [world] knew {his} [smile] smile and {his} [colours] [wear].
 - Nobody in the [world] was better at [hobby] or [outdoor].
 
 creature:
@@ -314,16 +299,16 @@ cuddle:
 
 scene:
 - [fluffy.cap] [birds] were [sing] in the [tree] trees, and the air smelled of [x=smell] and [smell!x].
-- A [fluffy] [bug] landed on some [bunch], and [number] [birds] were [sing] [happily].
-- The [shade] [sky_col] sky was full of clouds that looked like [x=shape] and [shape!x].
+- [fluffy.A] [bug] landed on some [bunch], and [fluffy] [birds] were [sing] [happily].
+- The [shade] [sky_col] sky was full of clouds that looked like [y=fluffy] [x=shape] and [fluffy!y] [shape!x].
 - Sunlight [gleamed] on the [bunch], and the [weather] air smelled of [smell].
-- Behind [spot], [creature] was watching [number] [fluffy] [bugs].
+- Behind [spot], [creature] was watching [number] [fluffy] [birds].
 - Near [spot], [creature] was dozing under [tree.a] tree.
 
 meal:
-- They ate [treat] and [taste] [fruits], and they drank [drink].
-- There were [treat], [taste] [fruits] and [drink] for everyone.
-- Soon the table was full of [treat], [taste] [fruits] and [drink].
+- They ate [treat] and [ripe] [fruits], and they drank [drink].
+- There were [treat], [ripe] [fruits] and [drink] for everyone.
+- Soon the table was full of [treat], [ripe] [fruits] and [drink].
 
 helper:
 - [soon], [elder.a] [gk=animals] named [g=names!h] came [hurrying] along the [wild] [path].
@@ -338,16 +323,23 @@ thanks:
 end:
 - [learned] [m_*].
 - [night]
+
+day_end:
+- [learned] [m_*].
+- [night]
 - It was the [finest] {wd} of the year, and {h} felt [x=glad_end] and [glad_end!x].
 
 learned:
 - {h} had learned that
 - And so {h} found out that
 - From that day on, {h} always remembered that
+- Now {h} knew for certain that
+- {h} smiled, because {he} knew that
 
 night:
-- That night, in the {house} {near} the {land}, {h} slept under [cuddle] and dreamed of [x=shape] and [shape!x].
-- When the moon rose, {h} fell asleep in the {house} {near} the {land}, [glad_end] and dreaming of [shape].
+- That night, in the {house} {near} the {land}, {h} slept under [cuddle] and dreamed of [y=fluffy] [x=shape] and
+    [fluffy!y] [shape!x].
+- When the moon rose, {h} fell asleep in the {house} {near} the {land}, [glad_end] and dreaming of [fluffy] [shape].
 - At bedtime, {h} curled up under [cuddle] in the {house} {near} the {land}, feeling [x=glad_end] and [glad_end!x].
 
 plot:
@@ -370,20 +362,20 @@ plot:
 
 lost_and_found:
 - <lost and found> [lost_start] [scene] [lost_gone] [lost_cry] / [lost_search] [helper] [lost_ask] [lost_found] /
-    [thanks] [end:lost]
+    [thanks] [day_end:lost]
 lost_start:
-- {h} took {his} [col=colours] [toy=toys] to the [place=places].
-- {h} [went] [slowly] to the [place=places] with {his} [col=colours] [toy=toys].
+- {h} took {his} [toyish] [col=colours] [toy=toys] to the [wild] [place=places].
+- {h} [went] [slowly] to the [wild] [place=places] with {his} [toyish] [col=colours] [toy=toys].
 lost_gone:
-- {h} followed a [fluffy] [bug] past [spot], and when {he} came back, the {col} {toy} was gone.
+- {h} followed [fluffy.a] [bug] past [spot], and when {he} came back, the {col} {toy} was gone.
 - But when {h} had been [outdoor] for a while, the {col} {toy} was nowhere to be seen.
 - {h} [game_verb] [happily] among the [bunch], and the {col} {toy} slipped away without a sound.
 lost_cry:
 - "[ohno], I have lost my {toy}!" {he} [wept] [sadly].
 - {h} felt [x=sad] and [sad!x]. "Where is my {toy}?" {he} [wept] [sadly].
-- With a [sad] face, {he} sat down beside [spot] and [wept] [sadly].
+- With [sad.a] face, {he} sat down beside [spot] and [wept] [sadly].
 lost_search:
-- {h} [looked] behind [spot] and under [spot], but found only [number] [pocketful].
+- {h} [looked] behind [spot] and around [spot], but found only [number] [toyish] [pocketful].
 - First {he} [looked] [slowly] behind [spot], and then {he} [looked] among the [bunch].
 lost_ask:
 - "What is the matter, little {hk}?" asked {g} [kindly], and together they searched the {place}.
@@ -405,7 +397,7 @@ prom_word:
 - "Do not be [sad], {f}," said {h} [kindly]. "I promise to [deed=deeds] for you."
 prom_way:
 - {h} [went] home along the [wild] [path], past [spot] and [creature].
-- On the way home, {he} stopped at the [places] to watch [creature].
+- On the way home, {he} stopped at the [wild] [places] to watch [creature].
 prom_tempt:
 - There {he} met [g=names!h!f], who had [treat]. "Come and play [game] with me!" [said] {g} [happily].
 - Then [g=names!h!f] came [hurrying] by. "Let us go [outdoor] together!" [said] {g} [happily].
@@ -415,41 +407,37 @@ prom_hold:
 - For a moment {h} felt [x=sad] and [sad!x], but then {he} [replied] [kindly], "I gave {f} my word."
 prom_keep:
 - So {h} [went] home [slowly], and that [weather] evening {he} {deed.did} for {f}, just as {he} had promised.
-- Then {h} [went] back to the sickbed [slowly] and {deed.did} for {f}, just as {he} had promised.
+- Then {h} [went] [slowly] back to {f} and {deed.did} for {f}, just as {he} had promised.
 prom_joy:
 - "[hooray], you kept your word!" [said] {f} [happily]. "You are the [best] [friend] in the [world], {h}."
 - {f} felt [x=glad] and [glad!x]. "You did not forget, {h}!" {f.he} [said] [happily].
-- At once {f} felt better. They drank [drink] and ate [treat] with [taste] [fruits].
+- At once {f} felt better. They drank [drink] and ate [treat] with [ripe] [fruits].
 
 sharing:
-- <sharing> [share_start] [scene] [share_meet] / [share_ask] [share_doubt] [share_give] / [share_back] [meal]
-    [end:share]
+- <sharing> [share_start] [scene] [share_meet] / [share_ask] [share_give] / [share_back] [meal] [day_end:share]
 share_start:
-- {h} filled {his} [colours] [box=boxes] with [taste] [fruit=fruits] and [went] [slowly] to the [places].
-- {h} packed [number] [taste] [fruit=fruits] into a [roomy] [box=boxes] and [went] [slowly] to the [places].
+- {h} filled {his} [colours] [box=boxes] with [ripe] [fruit=fruits] and [went] [slowly] to the [wild] [places].
+- {h} packed [number] [ripe] [fruit=fruits] into a [roomy] [box=boxes] and [went] [slowly] to the [wild] [places].
 share_meet:
 - There {h} met [elder.a] [gk=animals] named [g=names!h], who had nothing to eat.
 - By [spot] sat [elder.a] [gk=animals] named [g=names!h], looking [x=sad] and [sad!x].
 share_ask:
-- "Those {fruit} look [taste]," [wept] {g} [sadly]. "I lost my lunch behind [spot]."
-- "What [taste] {fruit}!" [wept] {g} [sadly]. "I have had no [treats] and no [drink] since [weekday]."
-share_doubt:
-- {h} looked down at the {box}. {He} had wanted to keep all the {fruit} for {himself}.
-- At first {h} held the {box} tight, for {he} felt [tired] and hungry too.
+- "Those {fruit} look [ripe]," [wept] {g} [sadly]. "I lost my lunch behind [spot]."
+- "What [ripe] {fruit}!" [wept] {g} [sadly]. "I have had no [treats] and no [drink] since [weekday]."
 share_give:
-- Then {he} smiled [kindly] and gave half of the {fruit} to {g}.
+- Then {he} smiled [kindly] and gave half of the {fruit} to {g} with [smile.a] smile.
 - But {g} looked so [sad] that {he} held out the {box} and said [kindly], "Please help yourself, {g}!"
 - "Let us share the {fruit}, {g}," {he} said [kindly]. "Half for you and half for me."
 share_back:
-- "Thank you, {h}!" [said] {g} [happily]. "Now come home with me to my [cosy] little [houses]!"
+- "Thank you, {h}!" [said] {g} [happily]. "Now come home with me to my [cosy] [houses]!"
 - {g} felt [x=glad] and [glad!x] and [said] [happily], "Now I will share my supper with you, {h}!"
 
 afraid_then_brave:
 - <afraid then brave> [brave_start] [scene] [brave_fear] / [brave_cry] [brave_count] [brave_in] / [brave_find]
-    [brave_after] [end:brave]
+    [brave_after] [day_end:brave]
 brave_start:
-- {h} and {his} [dear] [friend] [f=names!h] were playing [game] near the [dark=dark_places].
-- {h} was playing [game] with {his} [dear] [friend] [f=names!h] by the [dark=dark_places].
+- {h} played [game] by the [big_adj] [dark=dark_places] with {his} [dear] [friend] [f=names!h].
+- {h} went [outdoor] near the [big_adj] [dark=dark_places] with {his} [dear] [friend] [f=names!h].
 brave_fear:
 - {h} was afraid of the {dark}, because it was full of [x=spooky] and [spooky!x].
 - The {dark} was as black as night, and something in there was always [x=spooky] and [spooky!x].
@@ -457,12 +445,12 @@ brave_cry:
 - Suddenly a [tiny_voice] voice [wept] [sadly] inside the {dark}, "Help! It is so dark in here!"
 - All at once they heard a [tiny_voice] cry. "Somebody is in the {dark}!" [wept] {f} [sadly].
 brave_count:
-- {h} [trembled] and felt [sad], but {he} took a [breath] breath and counted to [number].
+- {h} [trembled] and felt [sad], but {he} took [breath.a] breath and counted to [number].
 - "I am afraid," {h} [replied] [sadly], "but somebody needs me." {He} took [number] [breath] breaths.
 - "Wait for me, {f}," said {h} [kindly]. {He} [trembled] and took [number] [breath] breaths.
 brave_in:
-- Then {he} lit a [col=colours] lantern and [went] [slowly] into the {dark}.
-- With a [col=colours] lantern in front of {him}, {he} [went] [slowly] into the {dark}.
+- Then {he} lit [col=colours.a] lantern and stepped [slowly] into the {dark}.
+- With [col=colours.a] lantern in front of {him}, {he} crept [slowly] into the {dark}.
 brave_find:
 - There, behind [spot], sat [x=fluffy.a] and [fluffy!x] baby [gk=animals] with [eyes] eyes.
 - The light of the {col} lantern fell on [x=fluffy.a] and [fluffy!x] baby [gk=animals] behind [spot].
@@ -472,51 +460,45 @@ brave_after:
 - The little {gk} felt [x=glad] and [glad!x], and the {dark} did not seem so dark to {h} any more.
 
 helping_someone_stuck:
-- <helping someone stuck> [stuck_start] [scene] [stuck_hear] / [stuck_see] [stuck_pull] [stuck_tool] [stuck_free]
-    / [stuck_joy] [stuck_back] [end:stuck]
+- <helping someone stuck> [stuck_start] [scene] [stuck_hear] / [stuck_see] [stuck_tool] [stuck_free] /
+    [stuck_joy] [stuck_back] [end:stuck]
 stuck_start:
-- {h} was all alone, [outdoor] near the [place=places].
-- {h} [went] [slowly] along the [path] behind the [place=places].
+- {h} was all alone, [outdoor] near the [wild] [place=places].
+- {h} set out all alone for the [wild] [place=places], humming a [sweet] [tune].
 stuck_hear:
 - Suddenly a [tiny_voice] voice [wept] [sadly], "[ohno], please help me!"
 - Then somebody behind [spot] [wept] [sadly], "Help! Is anybody there?"
 stuck_see:
 - It was [elder.a] [gk=animals] named [g=names!h], who was stuck in the [trap=traps].
 - There sat [elder.a] [gk=animals] named [g=names!h], [x=tired], [tired!x] and stuck in the [trap=traps].
-stuck_pull:
-- {h} pulled [slowly] until {he} was [x=wet] and [wet!x], but {g} did not move.
-- "Do not be [sad], {g}," said {h} [kindly]. {He} pulled and pulled, but it was no use.
 stuck_tool:
 - Then {h} had [idea.a] idea and fetched a [roomy] [tool=tools] from behind [spot].
 - So {h} [went] [slowly] past [spot] and came back with a [roomy] [tool=tools].
 stuck_free:
-- With the {tool}, {h} worked [slowly], and out of the {trap} came {g}!
-- {g} held on to the {tool}, {h} pulled [slowly], and pop! {g} was out of the {trap}!
+- With the {tool}, {h} pulled [slowly], and out of the {trap} came {g}, [x=wet] and [wet!x]!
+- {g} held on to the {tool}, {h} pulled [slowly], and pop! Out of the {trap} came {g}, [x=wet] and [wet!x]!
 stuck_joy:
 - "Thank you, {h}! You are the [best] {hk} in the [world]," [said] {g} [happily].
 - {g} gave {h} a [big] hug and [said] [happily], "I will never forget this, {h}!"
 stuck_back:
 - On [weekday], {h} lost the way near the {place}, and it was {g} who led {him} [slowly] past [spot] to the {house}.
-- When {h} lost a [colours] [toys] on [weekday], it was {g} who found it behind [spot].
-- The next day, {g} came to the {house} with [treat] and [taste] [fruits] to say thank you.
+- When {h} lost [toyish.a] [colours] [toys] on [weekday], it was {g} who found it behind [spot].
+- The next day, {g} came to the {house} with [treat] and [ripe] [fruits] to say thank you.
 
 planting_and_waiting:
-- <planting and waiting> [plant_start] [plant_dig] [scene] / [plant_wait] [plant_doubt] [plant_advice] /
-    [plant_grow] [plant_joy] [end:plant]
+- <planting and waiting> [plant_start] [plant_dig] [scene] / [plant_wait] [plant_advice] / [plant_grow]
+    [plant_joy] [end:plant]
 plant_start:
 - {his} [a=adults] gave {h} a [x=seedy] and [seedy!x] [plant=plants] seed.
-- {h} found a [x=seedy] and [seedy!x] [plant=plants] seed in the [colours] basket of {his} [a=adults].
+- {h} discovered a [x=seedy] and [seedy!x] [plant=plants] seed in the [colours] basket of {his} [a=adults].
 plant_dig:
 - {He} dug a hole beside the [corner=spot_noun] and covered the seed [slowly] with [x=earth] and [earth!x] earth.
 - Next to the [corner=spot_noun], {he} planted it [slowly] in the [x=earth] and [earth!x] earth.
 plant_wait:
 - On [weekday], nothing had grown. {h} waited for [days], [hobby] to pass the time.
-- {h} [looked] for it [slowly] every day, but beside the {corner} there was only [x=earth] and [earth!x] earth.
-plant_doubt:
-- "[ohno], my seed is asleep," {he} [wept] [sadly].
-- {He} felt [x=sad] and [sad!x]. "Will it ever grow?" {he} [wept] [sadly].
+- {h} watered it [slowly] every day, but beside the {corner} there was only [x=earth] and [earth!x] earth.
 plant_advice:
-- "Be patient, {h}," said {his} {a} [kindly]. "A {plant} needs [x=weather] and [weather!x] days."
+- "Be patient, {h}," said {his} {a} [kindly]. "{plant.A} needs [earth] earth, [sweet] rain and time."
 - "Sing to it, {h}," said {his} {a} [kindly], so every day {he} sang a [sweet] [tune] to the {plant} seed.
 plant_grow:
 - Then, after [days] of [weather] weather, a [x=leaf] and [leaf!x] shoot peeped out beside the {corner}.
@@ -527,26 +509,23 @@ plant_joy:
 - {h} showed the [finest] {plant} in the [world] to {his} {a}, and they [game_verb] [happily] around it.
 
 making_a_gift:
-- <making a gift> [gift_start] [gift_poor] [gift_think] / [gift_make] [gift_more] [gift_wrap] / [gift_give]
-    [gift_joy] [meal] [end:gift]
+- <making a gift> [gift_start] [gift_poor] [gift_think] / [gift_make] [gift_wrap] / [gift_give] [gift_joy] [meal]
+    [end:gift]
 gift_start:
 - {h} remembered that the birthday of {his} [dear] [friend] [f=names!h] was on [weekday].
 - {h} got a [paper] letter. {His} [dear] [friend] [f=names!h] was having a birthday party on [weekday].
 gift_poor:
-- {He} wanted to buy a present, but there were only [number] [pocketful] in {his} [colours] purse.
+- {He} wanted to buy a present, but there were only [number] [toyish] [pocketful] in {his} [colours] purse.
 - But {he} had no money for a present, and {he} felt [x=sad] and [sad!x].
 gift_think:
-- Then {he} had [idea.a] idea. "I will make [col=colours.a] [craft=crafts] for {f}!" {he} [said] [happily].
-- {His} [kin] said [kindly], "Why not make [col=colours.a] [craft=crafts] yourself, {h}?"
+- Then {he} had [idea.a] idea. "I will make [toyish.a] [col=colours] [craft=crafts] for {f}!" {he} [said] [happily].
+- {His} [kin] said [kindly], "Why not make [toyish.a] [col=colours] [craft=crafts] yourself, {h}?"
 gift_make:
 - {h} took some [x=material] and some [material!x], and {he} [snipped] [slowly] until bedtime.
 - For [days], {h} [snipped] [x=material] and [material!x] [slowly] while the [birds] were [sing].
-gift_more:
-- {He} felt [x=tired] and [tired!x], but the {craft} looked better and better.
-- Once the {craft} fell apart, and {he} had to start again, [x=tired] and [tired!x].
 gift_wrap:
-- At last the {col} {craft} was done, and {he} wrapped it [slowly] in [paper] paper with a [colours] bow.
-- When the {craft} was ready, {he} put [number] [bunch] on top and tied it with a [colours] bow.
+- At last the {col} {craft} was done, and {he} wrapped it [slowly] in [paper] paper with [colours.a] bow.
+- When the {craft} was ready, {he} put [number] [bunch] on top and tied it with [colours.a] bow.
 gift_give:
 - {h} [went] [slowly] to the party, and {f} untied the bow and found the {col} {craft}.
 - {h} [trembled] when {f} opened the parcel [slowly] and saw the {col} {craft}.
@@ -558,32 +537,32 @@ quarrel_and_making_up:
 - <quarrel and making up> [quar_start] [scene] [quar_pull] [quar_angry] / [quar_alone] [quar_miss] [quar_idea] /
     [quar_sorry] [quar_answer] [quar_play] [end:quarrel]
 quar_start:
-- {h} played [game] with {his} [dear] [friend] [f=names!h] at the [place=places].
-- {h} met {his} [dear] [friend] [f=names!h] at the [place=places] to play [game].
+- {h} played [game] with {his} [dear] [friend] [f=names!h] at the [wild] [place=places].
+- {h} met {his} [dear] [friend] [f=names!h] at the [wild] [place=places] to play [game].
 quar_pull:
-- Behind [spot] they found [col=colours.a] [toy=toys]. "It is mine!" [wept] {h}. "No, mine!" [wept] {f}.
-- Then {f} brought out [col=colours.a] [toy=toys], and both of them [wept], "Me first!"
+- Behind [spot] they found [toyish.a] [col=colours] [toy=toys]. "It is mine!" cried {h}. "No, mine!" shouted {f}.
+- Then {f} brought out [toyish.a] [col=colours] [toy=toys], and both of them shouted, "Me first!"
 quar_angry:
 - They pulled and pulled until the {toy} fell behind [spot] and {f} fell into the [bunch].
 - {h} stamped {his} foot, {f} stamped too, and soon both of them were [x=cross] and [cross!x].
 quar_alone:
-- {h} [went] home [sadly] and tried [hobby], but it was no fun alone.
+- {h} walked home past [spot] and tried [hobby], but it was no fun alone.
 - Back at home, {h} tried [hobby], but {he} felt [x=sad] and [sad!x].
 quar_miss:
 - {He} remembered how {f} had once shared [treat] with {him} behind [spot].
-- Even the [treat] and [taste] [fruits] did not taste good without {f}.
+- Even the [treat] and [ripe] [fruits] did not taste good without {f}.
 quar_idea:
 - So {he} picked some [bunch] and [went] [slowly] back to the {place}.
-- {His} [kin] said [kindly], "Go and say sorry." So {he} took [number] [taste] [fruits] to the {place}.
+- {His} [kin] said [kindly], "Go and say sorry." So {he} took [number] [ripe] [fruits] to the {place}.
 quar_sorry:
-- "I am sorry, {f}," said {h} [kindly]. "You may have the {toy} first."
+- "I am sorry, {f}," said {h} [kindly]. "I brought you [treat], and you may have the {toy} first."
 - "I am sorry I was so [cross], {f}," said {h} [kindly]. "Let us take turns with the {toy}."
 quar_answer:
 - "I am sorry too, {h}," [replied] {f} [kindly] with [smile.a] smile.
 - {f} felt [x=glad] and [glad!x]. "I missed you, {h}," {f.he} [replied] [kindly].
 quar_play:
 - So they shared the {col} {toy} and [game_verb] [happily] among the [bunch] until supper.
-- They took turns with the {col} {toy}, and {h} felt [x=glad_end] and [glad_end!x].
+- They took turns with the {col} {toy} and [game_verb] [happily] around [spot].
 
 learning_a_skill:
 - <learning a skill> [skill_start] [skill_see] [scene] / [skill_try] [skill_fail] [skill_advice] / [skill_days]
@@ -592,8 +571,9 @@ skill_start:
 - {h} wanted to learn to [skill=skills].
 - {h} made up {his} mind to learn to [skill=skills].
 skill_see:
-- {He} had seen {his} [dear] [friend] [f=names!h] {skill.ing} near the [places], and it looked like [merry] fun.
-- {His} [dear] [friend] [f=names!h] did it so [happily] that it looked like [merry] fun.
+- {He} had seen {his} [dear] [friend] [f=names!h] {skill.ing} near the [wild] [places], and it looked like
+    [merry] fun.
+- {His} [dear] [friend] [f=names!h] always did it so [happily] that it looked like [merry] fun.
 skill_try:
 - {h} tried [slowly] on [weekday], but it was much too hard, and soon {he} was [x=tired] and [tired!x].
 - The first time, {h} [trembled], got it all wrong and bumped into [spot].
@@ -601,76 +581,71 @@ skill_fail:
 - "[ohno], I will never learn to {skill}," {he} [wept] [sadly].
 - After [number] tries {he} felt [x=sad] and [sad!x]. "I cannot {skill}," {he} [wept] [sadly].
 skill_advice:
-- "I could not {skill} at first either," said {f} [kindly]. "Take a [breath] breath and try again, {h}."
+- "I could not {skill} at first either," said {f} [kindly]. "Take [breath.a] breath and try again, {h}."
 - "Nobody can {skill} in one day, {h}," said {f} [kindly], and they ate some [treat].
 skill_days:
-- So {h} practised [slowly] for [days], in [x=weather] and [weather!x] weather, while the [birds] were [sing].
+- So {h} practised [slowly] for [days], in [weather] weather and in rain, while the [birds] were [sing].
 - Every day {h} practised [slowly] near [spot], and [creature] was watching {him}.
 skill_can:
 - Then, one [weather] [weekday], with [smile.a] smile, {h} could {skill} all by {himself}!
 - And at last, one [weather] [weekday], {h} could {skill} as well as {f}!
 skill_joy:
-- "[hooray], well done, {h}!" [said] {f} [happily], and they ate [treat] with [taste] [fruits].
-- {f} clapped [happily] and gave {h} [colours.a] [toys] and some [bunch] as a prize.
+- "[hooray], well done, {h}!" [said] {f} [happily], and they ate [treat] with [ripe] [fruits].
+- {f} clapped [happily] and gave {h} [toyish.a] [colours] [toys] and some [bunch] as a prize.
 - {h} felt [x=glad_end] and [glad_end!x]. "Thank you for your help, {f}," {he} [said] [happily].
 
 telling_the_truth:
-- <telling the truth> [truth_start] [truth_break] [truth_hide] / [truth_guilt] [truth_scene] [truth_ask] /
-    [truth_tell] [truth_forgive] [truth_mend] [end:truth]
+- <telling the truth> [truth_start] [truth_break] [truth_hide] / [truth_guilt] [truth_ask] / [truth_tell]
+    [truth_forgive] [truth_mend] [end:truth]
 truth_start:
-- {h} was [playing] [happily] indoors with a [x=bouncing] and [bouncing!x] ball.
-- {h} was alone in the kitchen, [playing] [happily] around the table.
+- {h} stayed indoors, [playing] [happily] with [bouncing.a] [colours] ball.
+- {h} stayed in the kitchen, [playing] [happily] around the [roomy] table.
 truth_break:
 - Crash! The [col=colours] [pot=fragile] of {his} [a=adults] fell from the shelf and broke into [number] pieces.
-- With a [noise] crash, the [col=colours] [pot=fragile] of {his} [a=adults] broke into [number] pieces.
+- With [noise.a] crash, the [col=colours] [pot=fragile] of {his} [a=adults] broke into [number] pieces.
 truth_hide:
-- "[ohno]!" {he} [wept] [sadly], and {he} hid the pieces [slowly] behind [spot].
-- {h} [trembled] and [went] [slowly] outside to hide the pieces behind [spot].
+- "[ohno]!" {he} [wept] [sadly], and {he} ran out and hid the pieces [slowly] behind [spot].
+- {h} [trembled] and crept [slowly] outside to hide the pieces behind [spot].
 truth_guilt:
 - All day {he} felt [x=sad] and [sad!x], and even the [treat] tasted of nothing.
 - {He} tried [hobby] and [outdoor], but {he} could only think of the {col} {pot}.
-truth_scene:
-- Outside, [fluffy] [birds] were [sing] in the [tree] trees, but {h} felt [x=sad] and [sad!x].
-- Outside, sunlight [gleamed] on the [bunch], but {h} only [wept] [sadly].
 truth_ask:
 - In the evening {his} {a} looked around. "Where is my {col} {pot}?" {a.he} asked [kindly].
 - Then {his} {a} came in with some [treat] and asked [kindly], "Where is my {col} {pot}?"
 truth_tell:
-- {h} took a [breath] breath. "I broke it," {he} [replied] [sadly], "and I feel [x=sad] and [sad!x]."
+- {h} took [breath.a] breath. "I broke it," {he} [replied] [sadly], "and I feel [x=sad] and [sad!x]."
 - "It was me," {h} [wept] [sadly]. "I broke your {pot} and hid the pieces behind [spot]."
 truth_forgive:
 - {His} {a} gave {him} a [big] hug. "Thank you for telling the truth, {h}," {a.he} said [kindly].
-- "A {pot} can be mended," said {his} {a} [kindly], "and I am [glad] that you were honest, {h}."
+- "{pot.A} can be mended," said {his} {a} [kindly], "and I am very glad that you were honest, {h}."
 truth_mend:
 - They glued the {col} {pot} together [slowly] and filled it with [number] [bunch].
-- That evening they mended the {col} {pot} [slowly] and painted [x=shape] and [shape!x] on it.
+- That evening they mended the {col} {pot} [slowly] and painted [y=fluffy] [x=shape] and [fluffy!y] [shape!x] on it.
 - Together they mended the {col} {pot}, and {h} felt [x=glad_end] and [glad_end!x].
 
 storm_and_shelter:
-- <storm and shelter> [storm_start] [scene] [storm_sky] [storm_rain] / [storm_run] [storm_help] [storm_in] /
-    [storm_wait] [storm_over] [storm_bye] [end:storm]
+- <storm and shelter> [storm_start] [scene] [storm_sky] [storm_rain] / [storm_help] [storm_in] / [storm_wait]
+    [storm_over] [storm_bye] [day_end:storm]
 storm_start:
-- {h} and {his} [dear] [friend] [f=names!h] were [outdoor] at the [place=places].
-- {h} was [outdoor] with [f=names!h], {his} [dear] [friend], at the [place=places].
+- {h} invited {his} [dear] [friend] [f=names!h] to go [outdoor] at the [wild] [place=places].
+- {his} [dear] [friend] [f=names!h] took {h} [outdoor] at the [wild] [place=places].
 storm_sky:
 - But soon the sky turned dark, and the thunder [thunder] over the {land}.
-- Suddenly a [x=cold_wind] and [cold_wind!x] wind blew, and the thunder [thunder] over the {land}.
+- Suddenly [x=cold_wind.a] and [cold_wind!x] wind blew, and the thunder [thunder] over the {land}.
 storm_rain:
 - Rain [patter] on the [bunch], and {f} [trembled] and [wept] [sadly].
 - The rain [patter] down until {h} and {f} were [x=wet] and [wet!x].
-storm_run:
-- "[ohno], we must find shelter!" [wept] {f} [sadly], and they [went] [slowly] past [spot].
-- "Quick, {f}, take my hand!" said {h} [kindly], and they [went] [slowly] over the [turn].
 storm_help:
-- By the [shelter=shelters] stood [elder.a] [gk=animals] named [g=names!h!f] with a [colours] umbrella.
-- In the door of the [shelter=shelters] they saw [elder.a] [gk=animals] named [g=names!h!f] with a [colours]
-    lantern.
+- By the [wild] [shelter=shelters] stood [elder.a] [gk=animals] named [g=names!h!f] with [colours.a] umbrella.
+- In the door of the [wild] [shelter=shelters] they saw [elder.a] [gk=animals] named [g=names!h!f] with
+    [colours.a] lantern.
 storm_in:
 - "Come in, come in!" said {g} [kindly] and gave each of them [cuddle].
 - {g} let them into the {shelter} and gave them [drink] and [cuddle].
 storm_wait:
-- While the rain [patter] on the roof, they ate [treat] and told tales about [x=shape] and [shape!x].
-- The storm [thunder] outside, but inside they ate [treat] and sang a [sweet] [tune] about [shape].
+- While the rain [patter] on the roof, they ate [treat] and told tales about [y=fluffy] [x=shape] and [fluffy!y]
+    [shape!x].
+- The storm [thunder] outside, but inside they ate [treat] and sang a [sweet] [tune] about [fluffy] [shape].
 storm_over:
 - [soon], the sun came out, and a rainbow [gleamed] over the {place}.
 - Then the rain stopped, the [birds] were [sing] again, and the sky was [shade] [sky_col].
@@ -679,20 +654,17 @@ storm_bye:
 - {h} [said] [happily], "Thank you, {g}! You are the [best] {gk} in the [world]," and the friends [went] home.
 
 new_neighbour:
-- <new neighbour> [new_start] [new_see] [scene] / [new_shy] [new_bring] [new_meet] / [new_play] [new_go] [meal]
-    [end:new]
+- <new neighbour> [new_start] [new_see] [scene] / [new_bring] [new_meet] / [new_play] [new_go] [meal] [end:new]
 new_start:
 - {h} saw a [x=cart] and [cart!x] cart in front of the empty house with the [col=colours] door.
-- {h} heard a [noise] noise from the empty house with the [col=colours] door.
+- {h} heard [noise.a] noise from the empty house with the [col=colours] door.
 new_see:
-- [elder.A] [fk=animals] was carrying in [number] [roomy] boxes, [cuddle] and [col2=colours.a!col] [toy=toys].
-- Out of the window looked [elder.a] [fk=animals] with [smile.a] smile and [col2=colours.a!col] [toy=toys].
-new_shy:
-- {h} wanted to say hello, but {he} felt shy and [trembled].
-- The new {fk} looked [x=sad] and [sad!x]. "Perhaps it is lonely there," thought {h}.
+- [elder.A] [fk=animals] was carrying in [number] [roomy] boxes, [cuddle] and [toyish.a] [col2=colours!col]
+    [toy=toys].
+- Out of the window looked [elder.a] [fk=animals] with [smile.a] smile and [toyish.a] [col2=colours!col] [toy=toys].
 new_bring:
 - So {h} took some [treat], [went] [slowly] to the {col} door and knocked [number] times.
-- Then {h} picked some [bunch], took a [breath] breath and knocked on the {col} door.
+- Then {h} picked some [bunch], took [breath.a] breath and knocked on the {col} door.
 new_meet:
 - "I am {h}," {he} said [kindly]. "I am [f=names!h]," [replied] the {fk} [kindly]. "Please come in!"
 - "Welcome! My name is {h}," {he} said [kindly]. "Mine is [f=names!h]," [replied] the {fk} [happily].
@@ -700,27 +672,25 @@ new_play:
 - {f} showed {him} the {col2} {toy}, and {h} told {f} all about [outdoor].
 - They played [game] with the {col2} {toy} and talked about [hobby] and [outdoor].
 new_go:
-- Then {h} took {f} to the [places], where they [game_verb] [happily] among the [bunch].
-- On [weekday] {h} and {f} [went] to the [places] together to meet [creature].
+- Then {h} took {f} to the [wild] [places], where they [game_verb] [happily] among the [bunch].
+- On [weekday] {h} and {f} [went] to the [wild] [places] together to meet [creature].
 
 getting_lost_and_finding_home:
-- <getting lost and finding home> [way_start] [scene] [way_lost] [way_cry] / [helper] [way_ask] [way_tell] /
-    [way_walk] [way_home] [way_hug] [end:way]
+- <getting lost and finding home> [way_start] [scene] [way_lost] [way_cry] / [helper] [way_tell] / [way_walk]
+    [way_home] [way_hug] [day_end:way]
 way_start:
-- {h} followed a [fluffy] [bug] far beyond the [places].
-- {h} went [outdoor] behind the [places] and [went] on and on.
+- {h} followed [fluffy.a] [bug] far beyond the [wild] [places].
+- {h} went [outdoor] behind the [wild] [places] and [went] on and on.
 way_lost:
 - When {h} turned around, there was only [spot], and nothing looked familiar.
 - [soon], {h} came to a [turn] and [spot], and the [path] came to an end.
 way_cry:
 - "[ohno], I cannot find the way home," {he} [wept] [sadly].
 - {h} sat down under [tree.a] tree, [x=sad] and [sad!x], and [wept] [sadly].
-way_ask:
-- "Are you lost, little {hk}?" asked {g} [kindly]. "Where do you live?"
-- {g} gave {him} some [drink] and asked [kindly], "Where is your home, little {hk}?"
 way_tell:
-- "In the {house} {near} the {land}," {he} [replied] [sadly].
-- "I live in the {house} {near} the {land}," [replied] {h} [sadly].
+- "Little {hk}, why do you look so [sad]?" asked {g} [kindly]. "I want to go home to the {house} {near} the
+    {land}," {he} [wept].
+- "Are you lost, little {hk}?" asked {g} [kindly]. "I live in the {house} {near} the {land}," {he} [wept] [sadly].
 way_walk:
 - "I know it well," said {g} [kindly]. They [went] [slowly] past [spot] and over the [turn].
 - {g} took {him} by the hand, and they [went] [slowly] past [number] [tree] trees and [spot].
@@ -730,95 +700,92 @@ way_home:
 - There was the {house} {near} the {land}! "[hooray], I am home!" [said] {h} [happily].
 way_hug:
 - {His} [a=adults] ran out and gave {him} a [big] hug. "Thank you, {g}," {a.he} said [kindly].
-- {His} [a=adults] was so [glad] that {a.he} gave {g} some [treat] and [taste] [fruits].
+- {His} [a=adults] was so happy that {a.he} gave {g} some [treat] and [ripe] [fruits].
 - "Thank you, {g}! You are the [best] {gk} in the [world]," [said] {h} [happily].
 
 running_a_race:
-- <running a race> [race_start] [race_ready] [scene] / [race_run] [race_fall] [race_choice] / [race_help]
-    [race_end] [race_prize] [end:race]
+- <running a race> [race_start] [race_ready] [scene] / [race_run] [race_fall] / [race_help] [race_end]
+    [race_prize] [day_end:race]
 race_start:
-- {h} and {his} [dear] [friend] [f=names!h] wanted to race to the [place=places].
-- {h} saw a [paper] poster about a race to the [place=places], and {his} [dear] [friend] [f=names!h] wanted to
-    run too.
+- {h} and {his} [dear] [friend] [f=names!h] wanted to race to the [wild] [place=places].
+- {h} saw a [paper] poster about a race to the [wild] [place=places], and {his} [dear] [friend] [f=names!h]
+    wanted to run too.
 race_ready:
-- The prize was [col=colours.a] [toy=toys]. "Ready, steady, go!" [said] the [elder] [judge=crowd] [happily].
-- "The winner gets this [col=colours] [toy=toys]!" [said] the [elder] [judge=crowd] [happily]. "Ready, steady, go!"
+- The prize was [toyish.a] [col=colours] [toy=toys]. "Ready, steady, go!" [said] the [elder] [judge=crowd]
+    [happily].
+- "The winner gets this [toyish] [col=colours] [toy=toys]!" [said] the [elder] [judge=crowd] [happily]. "Ready,
+    steady, go!"
 race_run:
 - {h} ran [swiftly] past [spot], and {f} came [hurrying] close behind.
 - They raced [swiftly] along the [wild] [path], over the [turn] and through the [bunch].
 race_fall:
-- But near [spot], {f} slipped on some [taste] [fruits] and fell with a [noise] bump.
+- But near [spot], {f} slipped on some [ripe] [fruits] and fell with [noise.a] bump.
 - Then {f} tripped over [creature] and [wept] [sadly], "[ohno], my knee!"
-race_choice:
-- {h} could already see the {place} and the {col} {toy}, but {he} stopped.
-- {h} was far ahead and could have won the {col} {toy}, but {he} turned back [swiftly].
 race_help:
-- "Lean on me, {f}," {he} said [kindly]. "I do not want to win without you."
-- {He} tied [cloth.a] around the sore knee. "Let us go on together, {f}," {he} said [kindly].
+- {h} turned back [swiftly]. "Lean on me, {f}," {he} said [kindly]. "I do not want to win without you."
+- At once {h} stopped and tied [toyish.a] [colours] ribbon around the sore knee. "Let us go on together, {f},"
+    {he} said [kindly].
 race_end:
 - Side by side they [went] [slowly] to the {place}, and everybody cheered [happily].
 - Arm in arm they [went] [slowly] to the {place}, where the [birds] were [sing] [happily].
 race_prize:
 - "You both win!" [said] the {judge} [happily]. So {h} and {f} shared the {col} {toy}.
-- {h} and {f} won the {col} {toy} together, and there were [treat] and [taste] [fruits] for all.
+- {h} and {f} won the {col} {toy} together, and there were [treat] and [ripe] [fruits] for all.
 - "You are the [best] [friend] in the [world], {h}," [said] {f}, and they took turns with the {col} {toy}.
 
 a_surprise_party:
 - <a surprise party> [party_start] [party_wish] [party_none] / [party_sad] [scene] [party_note] / [party_open]
-    [party_gift] [meal] [end:party]
+    [party_gift] [meal] [day_end:party]
 party_start:
 - {h} woke up [happily] and remembered that it was {his} birthday.
 - {h} jumped out of bed and put on {his} [colours] [wear], because it was {his} birthday.
 party_wish:
-- For [days] {he} had wished for [col=colours.a] [toy=toys].
-- "I wonder if I will get [col=colours.a] [toy=toys]," {he} said [happily].
+- For [days] {he} had wished for [toyish.a] [col=colours] [toy=toys].
+- "I wonder if I will get [toyish.a] [col=colours] [toy=toys]," {he} said [happily].
 party_none:
 - But nobody said a word about it, and {his} [dear] [friend] [f=names!h] only talked about [hobby] and [outdoor].
 - But when {he} met {his} [dear] [friend] [f=names!h], {f.he} just said [kindly], "I must go [outdoor] now."
 party_sad:
-- {h} felt [x=sad] and [sad!x] and [went] [slowly] to the [places] all alone.
-- "[ohno], everybody has forgotten me," {he} [wept] [sadly] and [went] to the [places].
+- {h} felt [x=sad] and [sad!x] and wandered past [spot] to the [wild] [places] all alone.
+- "[ohno], everybody has forgotten me," {he} [wept] [sadly] and walked to the [wild] [places].
 party_note:
-- There {h} found a [paper] note behind [spot]. It said, "Come to the [shelter=shelters]!"
-- Then a [fluffy] [bird] brought {h} a [paper] letter. It said, "Come to the [shelter=shelters]!"
+- There {h} found a [paper] note behind [spot]. It said, "Come to the [wild] [shelter=shelters]!"
+- Then [fluffy.a] [critter] brought {h} a [paper] letter. It said, "Come to the [wild] [shelter=shelters]!"
 party_open:
-- {h} [went] [slowly] to the {shelter} and opened the door. "Surprise!" [said] {f} and [number] friends [happily].
+- {h} [went] [slowly] to the {shelter} and peeped inside. "Surprise!" [said] {f} and [number] friends [happily].
 - The {shelter} was full of [colours] [decor], and out jumped {f} and [number] friends. "Surprise!" they [said]
     [happily].
 party_gift:
-- {f} gave {h} a parcel with a [paper] bow, and in it was the {col} {toy} of {his} dreams!
+- {f} gave {h} a [paper] parcel with [colours.a] bow, and in it was the {col} {toy} of {his} dreams!
 - "This is for you, {h}," said {f} [kindly]. In a [paper] parcel was the {col} {toy}!
 
 finding_the_owner:
-- <finding the owner> [own_start] [scene] [own_want] [own_think] / [own_ask] [own_meet] [own_proof] / [own_give]
-    [own_joy] [own_treat] [end:finder]
+- <finding the owner> [own_start] [scene] [own_think] / [own_ask] [own_meet] [own_proof] / [own_give] [own_joy]
+    [own_treat] [end:finder]
 own_start:
-- {h} found [col=colours.a] [toy=toys] behind [spot] near the [place=places].
-- {h} saw something under [tree.a] tree by the [place=places]. It was [col=colours.a] [toy=toys]!
-own_want:
-- "[hooray], what a [merry] {toy}!" {h} said [happily] and wanted to keep it.
-- {h} danced [happily] around [spot] with the {toy} and wanted to keep it.
+- {h} found [toyish.a] [col=colours] [toy=toys] behind [spot] near the [wild] [place=places].
+- {h} saw something under [tree.a] tree by the [wild] [place=places]. It was [toyish.a] [col=colours] [toy=toys]!
 own_think:
-- But then {he} thought, "Somebody must be very [sad] without this {toy}."
-- But that night {he} could not sleep. The {toy} was not {his}, and {he} felt [x=sad] and [sad!x].
+- {h} wanted to keep the {toy}, but then {he} thought, "Somebody must be [x=sad] and [sad!x] without it."
+- {h} took the {toy} home, but that night {he} could not sleep, for {he} felt [x=sad] and [sad!x].
 own_ask:
-- So {h} asked [kindly] at the [places!place], but nobody had lost a {toy}.
+- So {h} asked around [kindly] at the [places!place], but nobody had lost {toy.a}.
 - So {h} [went] [slowly] back to the {place} with the {col} {toy}.
 own_meet:
 - [soon], {h} met [fluffy.a] [fk=animals] named [f=names!h], who [wept] [sadly] behind [spot].
 - There, beside the [bunch], sat [fluffy.a] [fk=animals] named [f=names!h], looking [x=sad] and [sad!x].
 own_proof:
 - "I have lost my {toy}," [wept] {f} [sadly]. "It is {col}, and my [kin] gave it to me."
-- "Have you seen a {toy}?" [wept] {f} [sadly]. "Mine is {col}, with a little [mark] on it."
+- "Have you seen {toy.a}?" [wept] {f} [sadly]. "Mine is {col}, with a little [mark] on it."
 own_give:
 - "Then this must be yours, {f}," said {h} [kindly] and gave back the {col} {toy}.
-- {h} held out the {col} {toy}. "Here it is, {f}," {he} said [kindly].
+- With [smile.a] smile, {h} held out the {col} {toy}. "Here it is, {f}," {he} said [kindly].
 own_joy:
 - "[hooray]! Thank you, {h}!" [said] {f} [happily], and the little {fk} gave {him} a [big] hug.
 - {f} felt [x=glad] and [glad!x]. "You are the [best] {hk} in the [world]," {f.he} [said] [happily].
 own_treat:
 - Then {f} and {h} played [game] together and ate [treat].
-- After that, {h} and {f} met every [weekday] to go [outdoor].
+- And on [weekday] {f} and {h} went [outdoor] together.
 """
 
 # --- The words ------------------------------------------------------------------------------------------------------
@@ -873,7 +840,7 @@ def _entry(table: str, surface: str) -> Entry:
     """A word with its forms; a slash separates the plain form from the second one."""
     word, _, second = surface.partition("/")
     article = _article(word)
-    entry = {"": word, "a": article, "A": article.capitalize(), "cap": word[0].upper() + word[1:]}
+    entry = {"": word, "a": article, "A": "A" + article[1:], "cap": word[0].upper() + word[1:]}
     if table in SECOND_FORM:
         entry[SECOND_FORM[table]] = second
     for form, pronoun in PRONOUNS.get(GENDERS.get(table, ""), {}).items():
@@ -922,9 +889,26 @@ def _pattern(surfaces: frozenset[str]) -> re.Pattern[str]:
 # --- Three ways through the grammar ---------------------------------------------------------------------------------
 
 
+KINDS = (
+    "grammar",  # no story of this world, from this position on
+    "names",
+    "pronouns",
+    "kinds",  # girl, boy, rabbit, mother ...
+    "helper",  # not the one who helped
+    "objects",
+    "colours",
+    "places",
+    "days",
+    "feelings",
+    "ending",  # the end does not follow: the promise, the skill, the moral, the last feeling
+    "wording",  # the same word twice where two different ones must stand
+)
+"""The kinds of violation."""
+
+
 @dataclass(frozen=True)
 class Violation:
-    """One contradiction: its kind, the character position where it stands and a sentence about it."""
+    """One contradiction: its kind (see `KINDS`), the character position where it stands and what is wrong there."""
 
     kind: str
     position: int
@@ -953,13 +937,16 @@ class Reader:
         self.bits = 0.0
         self.plot: str | None = None
         self.violations: list[Violation] = []
-        self.furthest = 0
+        # The failure furthest into the text: the alternatives tried in vain before and after it say less.
+        self.furthest = -1
         self.wanted = ""
+        self.met: tuple[str | None, tuple[Violation, ...]] = (None, ())
 
     def fail(self, at: int, wanted: str) -> bool:
-        """Remember the furthest position reached and what was wanted there; always False."""
-        if at >= self.furthest:
+        """Remember the furthest failure: what was wanted there, the plot and the violations so far. Always False."""
+        if at > self.furthest:
             self.furthest, self.wanted = at, wanted
+            self.met = (self.plot, tuple(self.violations))
         return False
 
     def violate(self, kind: str, expected: str, found: str) -> None:
@@ -1136,6 +1123,10 @@ class Rule:
         return False
 
     def heads(self) -> tuple[set[str], bool]:
+        return self._heads
+
+    @cached_property
+    def _heads(self) -> tuple[set[str], bool]:
         parts = [_heads(alternative) for alternative in self.alternatives]
         return set().union(*(strings for strings, _ in parts)), all(whole for _, whole in parts)
 
@@ -1156,11 +1147,12 @@ class _Compiler:
         self.sources: dict[str, list[str]] = {}
         self.rules: dict[str, Rule] = {}
         self.tables: dict[str, str] = {}  # remembered name -> a table of its group
+        sources: list[str] = []
         for line in _lines(grammar):
             if line.startswith("- "):
-                rule.append(line[2:].replace(" / ", "\n\n"))
+                sources.append(line[2:].replace(" / ", "\n\n"))
             elif line:
-                rule = self.sources.setdefault(line.rstrip(":"), [])
+                sources = self.sources.setdefault(line.rstrip(":"), [])
 
     def rule(self, name: str, argument: str = "") -> Rule:
         key = f"{name}:{argument}" if argument else name
@@ -1241,8 +1233,15 @@ def _alike(one: Element, other: Element) -> bool:
 
 def _prefixed(ones: set[str], others: set[str]) -> str | None:
     """One of `ones` that begins with one of `others`."""
-    lengths = {len(other) for other in others}
-    return next((one for one in sorted(ones) if any(one[:length] in others for length in lengths)), None)
+    shortest: list[str] = []  # in order, without those that begin with an earlier one
+    for other in sorted(others):
+        if not shortest or not other.startswith(shortest[-1]):
+            shortest.append(other)
+    for one in sorted(ones):
+        before = bisect.bisect_right(shortest, one)
+        if before and one.startswith(shortest[before - 1]):
+            return one
+    return None
 
 
 def _confusion(one: tuple[Element, ...], other: tuple[Element, ...]) -> str | None:
@@ -1273,9 +1272,9 @@ def _slot_defects(slot: Slot) -> Iterator[str]:
 def _sequence_defects(elements: tuple[Element, ...]) -> Iterator[str]:
     """Words that do not end where a word ends."""
     for one, other in itertools.pairwise(elements):
-        if not isinstance(one, Text) and (not isinstance(other, Text) or other.text[0].isalpha()):
-            if not isinstance(one, Plot):
-                yield f"no word boundary before {other}"
+        open_end = isinstance(one, Slot | Rule) and not (isinstance(other, Text) and not other.text[0].isalpha())
+        if open_end:
+            yield f"no word boundary before {other}"
 
 
 def defects(root: Rule = STORY) -> list[str]:
@@ -1354,8 +1353,9 @@ def check(text: str) -> Report:
     if whole and reader.at < len(text):
         whole = reader.fail(reader.at, "the end of the story")
     if not whole:
+        plot, violations = reader.met
         grammar = Violation("grammar", reader.furthest, _unreadable(reader))
-        return Report(False, (*reader.violations, grammar), reader.plot, None)
+        return Report(False, (*violations, grammar), plot, None)
     return Report(True, tuple(reader.violations), reader.plot, None if reader.violations else -reader.bits)
 
 

@@ -171,7 +171,8 @@ class Trainer:
                 self.step()
                 if self.due(self.config.train.log_every):
                     self.log()
-                if self.due_checkpoint() or self.due_evaluation():
+                self.state.evaluation_due = self.due_evaluation()
+                if self.due_checkpoint():
                     self.save()  # before evaluation: a failing evaluation loses nothing
                 if self.state.evaluation_due:
                     self.validate()
@@ -188,6 +189,7 @@ class Trainer:
         norm = self.unscaled_norm()
         while self.scaler is not None and not math.isfinite(norm) and self.scaler.get_scale() > 1.0:
             self.scaler.update()  # fp16 overflowed: the same step again with a smaller scale, so nothing is lost
+            self.optimizer.zero_grad()
             loss = self.accumulate(tokens)
             norm = self.unscaled_norm()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -267,12 +269,13 @@ class Trainer:
     def begin(self) -> None:
         """Resume from the newest checkpoint that verifies, or check everything and start."""
         self.timer, self.evaluation_seconds = Throughput(self.clock), 0.0
-        self.log_file = MetricsLog(self.folder.metrics_file)
+        self.log_file, self.sample_file = MetricsLog(self.folder.metrics_file), MetricsLog(self.folder.samples_file)
         checkpoint = self.folder.newest_valid(warn=self.display.note)
         if checkpoint is not None:
             self.resume(checkpoint)
         else:
             self.folder.files.mkdir(self.folder.path)
+            self.rewind_logs()  # of a run that was killed before its first checkpoint
             self.tokenizer.save(self.folder.tokenizer_file)
             if self.config.train.preflight:
                 self.preflight()
@@ -329,8 +332,14 @@ class Trainer:
             self.micro_batch = stored["micro_batch"]
         self._keep_plan(old)
         self.record = stored["record"]
-        self.log_file.rewind(self.state.step - 1 if self.state.evaluation_due else self.state.step)
+        self.rewind_logs()
         self.display.note(f"resumed from step {self.state.step}")
+
+    def rewind_logs(self) -> None:
+        """Drop what was logged after the state that training goes on from: no step twice, none missing."""
+        last = self.state.step - 1 if self.state.evaluation_due else self.state.step
+        self.log_file.rewind(last)
+        self.sample_file.rewind(last)
 
     def _refuse_other_run(self, stored: dict[str, Any]) -> None:
         if stored["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
@@ -394,12 +403,12 @@ class Trainer:
         """Every ``evaluate_every`` steps, or ten times a run; always after the last step."""
         every, state = self.config.train.evaluate_every, self.state
         now, before = (math.floor(EVALUATIONS * state.plan.progress(step) + 1e-9) for step in (state.step, state.step - 1))
-        state.evaluation_due = self.due(every) if every else now > before
-        return state.evaluation_due
+        return self.due(every) if every else now > before
 
     def due_checkpoint(self) -> bool:
+        """Every ``checkpoint_every`` steps, and before each evaluation, so that the best one can be kept."""
         every = self.config.train.checkpoint_every
-        return bool(every) and self.due(every)
+        return self.state.evaluation_due or bool(every) and self.due(every)
 
     def seconds(self) -> float:
         """Training time of all sessions of the run."""
@@ -511,7 +520,7 @@ class Trainer:
 
     def evaluate(self, documents: list[np.ndarray]) -> Evaluation:
         sizes = [len(self.tokenizer.decode(ids.tolist()).encode()) for ids in documents]
-        with eager():
+        with eager(self.compiled):
             return score_documents(self.model, documents, sizes, autocast=self.runtime.autocast())
 
     def sample(self) -> None:
@@ -520,11 +529,9 @@ class Trainer:
         if not train.sample_tokens:
             return
         params = SamplingParams(max_tokens=train.sample_tokens, seed=self.config.seed)
-        with eager(), self.runtime.autocast():
+        with eager(self.compiled), self.runtime.autocast():
             completion = Generator(self.model, self.tokenizer).complete(train.sample_prompt, params)
-        MetricsLog(self.folder.samples_file).append(
-            {"step": self.state.step, "prompt": completion.prompt, "text": completion.text}
-        )
+        self.sample_file.append({"step": self.state.step, "prompt": completion.prompt, "text": completion.text})
         self.display.story(self.state.step, completion.prompt, completion.text)
 
     def _validation_documents(self) -> list[np.ndarray]:

@@ -1,0 +1,44 @@
+"""Tiny things that many tests share: a corpus, its dataset, settings of a run that takes a fraction of a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from smalllm.config import RunConfig, parse_config
+from smalllm.data.prepare import prepare
+
+torch.set_num_threads(1)  # two test processes share two cores, and bits depend on the number of threads
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared storyworld stories: 300 documents, 512 pieces."""
+    folder = tmp_path_factory.mktemp("data") / "stories"
+    prepare(["storyworld:300"], folder, vocab_size=512, seed=1)
+    return folder
+
+
+def tiny_settings(data: Path, **sections: dict) -> RunConfig:
+    """A run of 12 steps of 2 x 32 wide; ``model={"layers": 3}`` changes single keys."""
+    settings: dict = {
+        "name": "tiny", "seed": 7,
+        "data": {"path": str(data)},
+        "model": {"layers": 2, "width": 32, "heads": 2, "context": 32},
+        "optim": {"lr": 3e-3, "warmup_steps": 2},
+        "train": {
+            "steps": 12, "batch_tokens": 256, "micro_batch": 8, "precision": "fp32", "compile": "off", "device": "cpu",
+            "log_every": 1, "evaluate_every": 4, "evaluate_tokens": 500, "sample_tokens": 5, "preflight": False,
+        },
+    }  # fmt: skip
+    for section, values in sections.items():
+        settings[section] = {**settings[section], **values}
+    return parse_config(settings)
+
+
+@pytest.fixture
+def tiny(dataset_folder: Path):
+    """``tiny(train={"steps": 5})``: settings of a tiny run."""
+    return lambda **sections: tiny_settings(dataset_folder, **sections)

@@ -1,0 +1,114 @@
+"""Data order: a pure function of (seed, step), every token once per epoch, whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smalllm.config import UserError
+from smalllm.data.batches import IGNORE, Batches, mix, permute
+
+
+PINNED_MIX = (635286641217458360, 6321771992720037893, 7795324965117060851)
+PINNED_SEQUENCES = [(498, 10), (638, 10), (288, 10), (578, 10)]
+
+
+class Tokens:
+    """A split whose token at position i is i."""
+
+    name = "train"
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert 0 <= start and start + count <= self.tokens
+        return np.arange(start, start + count, dtype=np.uint32)
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**62))
+@settings(max_examples=60)
+def test_permute_is_a_permutation(size: int, key: int):
+    assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+def test_permute_works_beyond_32_bits_and_keys_differ():
+    size = 10**13
+    index = np.arange(size - 1000, size)
+    there = permute(index, size, 5)
+    assert len(set(there.tolist())) == 1000 and there.min() >= 0 and there.max() < size
+    assert not np.array_equal(there, permute(index, size, 6))
+
+
+def test_permute_moves_neighbours_apart():
+    there = permute(np.arange(1000), 1000, 3)
+    assert np.abs(np.diff(there)).mean() > 250  # 333 for a random permutation, 1 for none
+
+
+def test_mix_is_pinned():
+    """Resuming an old run needs the same order for ever."""
+    assert (mix(42, 0), mix(42, 1), mix(0)) == PINNED_MIX
+    assert Batches(Tokens(1000), 10, 40, seed=42).sequences(3) == PINNED_SEQUENCES
+
+
+@given(tokens=st.integers(2, 500), context=st.integers(1, 40), sequences=st.integers(1, 9), seed=st.integers(0, 99))
+@settings(max_examples=80)
+def test_every_token_is_a_target_once_per_epoch(tokens: int, context: int, sequences: int, seed: int):
+    batches = Batches(Tokens(tokens), context, context * sequences, seed)
+    steps = -(-2 * batches.windows // sequences)
+    windows = [window for step in range(steps) for window in batches.sequences(step)]
+    for epoch in range(2):
+        seen: Counter[int] = Counter()
+        for start, count in windows[epoch * batches.windows : (epoch + 1) * batches.windows]:
+            seen.update((start + 1 + i) % tokens for i in range(count))
+        assert seen == Counter(range(tokens))
+
+
+@given(tokens=st.integers(2, 300), sequences=st.integers(1, 12), micro=st.integers(1, 5), world=st.sampled_from([1, 2, 3, 8]), step=st.integers(0, 40))
+@settings(max_examples=80)
+def test_ranks_and_micro_batches_share_a_step_without_overlap(tokens: int, sequences: int, micro: int, world: int, step: int):
+    batches = Batches(Tokens(tokens), 8, 8 * sequences, seed=1)
+    whole = _rows(batches, step, sequences, 0, 1)
+    shared = [row for rank in range(world) for row in _rows(batches, step, micro, rank, world)]
+    assert Counter(shared) == Counter(whole)
+    assert batches.tokens(step) == sum(target != IGNORE for _, targets in whole for target in targets)
+
+
+def _rows(batches: Batches, step: int, micro: int, rank: int, world: int) -> list[tuple]:
+    found = []
+    for batch in batches.micro_batches(step, micro, rank, world):
+        assert len(batch.inputs) <= micro
+        found += [(tuple(i), tuple(t)) for i, t in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)]
+    return found
+
+
+def test_targets_are_the_successors_and_all_positions_count():
+    batches = Batches(Tokens(256 * 4), 256, 512, seed=3)
+    for batch in batches.micro_batches(0, 1):
+        assert torch.equal((batch.inputs + 1) % 1024, batch.targets)
+        assert batch.tokens == 256  # not 255
+
+
+def test_the_short_window_is_padded_with_targets_that_do_not_count():
+    batches = Batches(Tokens(10), 8, 16, seed=0)
+    rows = _rows(batches, 0, 2, 0, 1)
+    assert sorted(sum(t != IGNORE for t in targets) for _, targets in rows) == [2, 8]
+    assert batches.tokens(0) == 10
+
+
+def test_order_depends_on_the_seed_and_changes_between_epochs():
+    first, other = Batches(Tokens(4096), 16, 64, seed=1), Batches(Tokens(4096), 16, 64, seed=2)
+    assert first.sequences(0) != other.sequences(0)
+    epoch = first.windows // first.sequences_per_step
+    assert first.sequences(0) != first.sequences(epoch)
+    assert first.epoch(epoch) == 1.0
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(UserError, match="the train split has 1 tokens"):
+        Batches(Tokens(1), 8, 8, seed=0)

@@ -1,0 +1,313 @@
+"""The run folder: atomic, verified, pruned; damage is noticed and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from smalllm.checkpoint import (
+    PAYLOAD,
+    Checkpoint,
+    DamagedCheckpoint,
+    FileSystem,
+    RunFolder,
+    Snapshot,
+    check_weights,
+    find_run,
+    model_weights,
+    open_run,
+)
+from smalllm.config import ModelConfig, UserError
+from smalllm.model import GPT
+
+CONFIG = ModelConfig(layers=1, width=16, heads=2, context=8, vocab_size=32)
+
+
+def snapshot(step: int) -> Snapshot:
+    torch.manual_seed(step)
+    model = GPT(CONFIG)
+    return Snapshot(step, CONFIG, model_weights(model), {"a.exp_avg": torch.randn(3)}, {"training": {"step": step}})
+
+
+def filled(path: Path, steps: list[int], keep: int = 10) -> RunFolder:
+    folder = RunFolder(path)
+    for step in steps:
+        folder.save(snapshot(step), keep)
+    return folder
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path):
+    checkpoint = filled(tmp_path, [5]).choose("latest")
+    expected = snapshot(5)
+    weights = checkpoint.weights()
+    assert weights.keys() == expected.weights.keys() and "head.weight" not in weights  # tied: stored once
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.weights.items())
+    assert torch.equal(checkpoint.optimizer()["a.exp_avg"], expected.optimizer["a.exp_avg"])
+    assert checkpoint.state() == {"training": {"step": 5}} and checkpoint.model_config() == CONFIG
+    model = checkpoint.load_model()
+    assert torch.equal(model.embedding.weight, expected.weights["embedding.weight"])
+    assert model.head.weight is model.embedding.weight and not model.training
+    ids = torch.arange(6)[None]
+    torch.manual_seed(5)
+    assert torch.equal(model(ids), GPT(CONFIG)(ids))
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path):
+    folder = filled(tmp_path, [1, 2])
+    folder.mark_best(1)
+    for step in (3, 4, 5):
+        folder.save(snapshot(step), keep=2)
+    assert [c.step for c in folder.checkpoints()] == [1, 4, 5]
+    assert folder.best_step() == 1 and folder.newest_step() == 5
+    assert sorted(os.listdir(folder.checkpoints_folder)) == ["step-00000001", "step-00000004", "step-00000005"]
+
+
+def test_order_is_by_step_not_by_time(tmp_path: Path):
+    folder = filled(tmp_path, [9, 10, 100])
+    os.utime(folder.checkpoints()[0].path, (2e9, 2e9))
+    assert [c.step for c in folder.checkpoints()] == [9, 10, 100]
+    assert folder.choose("latest").step == 100
+
+
+@pytest.mark.parametrize("name", [*PAYLOAD, "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "grow", "delete", "zero", "swap"])
+def test_damage_is_noticed_and_the_checkpoint_before_is_used(name: str, damage: str, tmp_path: Path):
+    folder = filled(tmp_path, [1, 2])
+    path = folder.checkpoints()[-1].path / name
+    data = path.read_bytes()
+    match damage:
+        case "flip":
+            middle = len(data) // 2
+            path.write_bytes(data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :])
+        case "cut":
+            path.write_bytes(data[: len(data) // 2])
+        case "grow":
+            path.write_bytes(data + b"x")
+        case "delete":
+            path.unlink()
+        case "zero":
+            path.write_bytes(bytes(len(data)))
+        case "swap":
+            path.write_bytes((folder.checkpoints()[0].path / name).read_bytes())
+    warnings: list[str] = []
+    assert folder.choose("latest").step == 1
+    assert folder.newest_valid(warnings.append).step == 1  # type: ignore[union-attr]
+    assert len(warnings) == 1 and "step-00000002" in warnings[0] and (tmp_path / "checkpoints/.bad-step-00000002").is_dir()
+
+
+def test_every_one_of_300_random_bit_flips_is_detected(tmp_path: Path):
+    checkpoint = filled(tmp_path, [1]).choose("latest")
+    chance = random.Random(0)
+    for _ in range(300):
+        name = chance.choice(PAYLOAD)
+        path = checkpoint.path / name
+        data = bytearray(path.read_bytes())
+        place, bit = chance.randrange(len(data)), chance.randrange(8)
+        data[place] ^= 1 << bit
+        path.write_bytes(data)
+        with pytest.raises(DamagedCheckpoint, match=name):
+            checkpoint.verify()
+        data[place] ^= 1 << bit
+        path.write_bytes(data)
+    checkpoint.verify()
+
+
+def test_when_all_are_damaged_it_never_starts_from_zero(tmp_path: Path):
+    folder = filled(tmp_path, [1, 2])
+    for checkpoint in folder.checkpoints():
+        (checkpoint.path / "state.json").unlink()
+    with pytest.raises(DamagedCheckpoint, match="all 2 checkpoints .* damaged"):
+        folder.choose("latest")
+    with pytest.raises(DamagedCheckpoint, match="start again with --fresh"):
+        folder.newest_valid()
+
+
+class Failing(FileSystem):
+    """Raises at the k-th call, as a full or broken disk does."""
+
+    def __init__(self, at: int, number: int) -> None:
+        self.left, self.number = at, number
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(self.number, os.strerror(self.number))
+
+    def mkdir(self, path: Path) -> None:
+        self._count()
+        super().mkdir(path)
+
+    def write(self, path: Path, data: bytes) -> None:
+        self.left -= 1
+        if self.left == 0:
+            super().write(path, data[: len(data) // 2])  # half of it reached the disk
+            raise OSError(self.number, os.strerror(self.number))
+        super().write(path, data)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._count()
+        super().rename(source, target)
+
+
+@pytest.mark.parametrize("call", range(1, 11))
+def test_an_error_at_any_call_of_a_save_leaves_a_good_checkpoint(call: int, tmp_path: Path):
+    filled(tmp_path, [1])
+    folder = RunFolder(tmp_path, Failing(call, 28))
+    with pytest.raises(OSError):
+        folder.save(snapshot(2), keep=2)
+    survivor = RunFolder(tmp_path)
+    assert survivor.choose("latest").step in (1, 2)
+    survivor.save(snapshot(3), keep=5)
+    assert survivor.choose("latest").step == 3
+    assert not [name for name in os.listdir(survivor.checkpoints_folder) if name.startswith((".tmp", ".trash"))]
+
+
+CRASH = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_checkpoint import CONFIG, Failing, snapshot
+from smalllm.checkpoint import RunFolder
+class Crashing(Failing):
+    def _count(self):
+        self.left -= 1
+        if self.left == 0: os._exit(9)
+    def write(self, path, data):
+        self.left -= 1
+        if self.left == 0:
+            open(path, "wb").write(data[: len(data) // 2]); os._exit(9)
+        Failing.__mro__[1].write(self, path, data)
+for at in range(1, 12):
+    if os.fork() == 0:
+        RunFolder(Path({path!r}), Crashing(at, 0)).save(snapshot(2), keep=2)
+        os._exit(0)
+    os.wait()
+    survivor = RunFolder(Path({path!r}))
+    assert survivor.choose("latest").step in (1, 2), at
+    survivor.newest_valid().verify()
+print("survived")
+"""
+
+
+def test_a_crash_at_any_call_of_a_save_leaves_a_good_checkpoint(tmp_path: Path):
+    filled(tmp_path, [1])
+    script = CRASH.format(tests=str(Path(__file__).parent), path=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "survived", done.stderr
+
+
+def test_two_trainers_cannot_share_a_folder_and_a_dead_one_does_not_block(tmp_path: Path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"from smalllm.checkpoint import RunFolder; from pathlib import Path; import time\n"
+         f"RunFolder(Path({str(tmp_path)!r})).lock(); print('locked', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert holder.stdout is not None and holder.stdout.readline().strip() == "locked"
+    with pytest.raises(UserError, match=f"is being trained by process {holder.pid}; wait for it"):
+        RunFolder(tmp_path).lock()
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    folder = RunFolder(tmp_path)
+    folder.lock()
+    folder.unlock()
+
+
+def test_a_pickle_in_place_of_weights_is_refused_and_never_run(tmp_path: Path):
+    folder = filled(tmp_path, [1])
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return os.system, (f"touch {canary}",)
+
+    path = folder.checkpoints()[0].path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DamagedCheckpoint):
+        folder.checkpoints()[0].weights()
+    reseal(folder.checkpoints()[0])
+    with pytest.raises(DamagedCheckpoint, match="is not a safetensors file"):
+        folder.checkpoints()[0].weights()
+    assert not canary.exists()
+
+
+def reseal(checkpoint: Checkpoint) -> None:
+    """Make the manifest match the files: what an attacker who knows the format would do."""
+    import hashlib
+
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    for name in PAYLOAD:
+        data = (checkpoint.path / name).read_bytes()
+        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint.path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", '{"files": 3}', '{"files": {"a": []}}', "NaN", '{"version": 99, "step": 1, "files": {"a": {"size": 1, "sha256": "x"}}}'])
+def test_a_strange_manifest_is_damage_not_a_traceback(text: str, tmp_path: Path):
+    checkpoint = filled(tmp_path, [1]).checkpoints()[0]
+    (checkpoint.path / "manifest.json").write_text(text)
+    with pytest.raises(DamagedCheckpoint):
+        checkpoint.verify()
+
+
+def test_huge_dimensions_in_model_json_are_refused_before_allocation(tmp_path: Path):
+    checkpoint = filled(tmp_path, [1]).checkpoints()[0]
+    path = checkpoint.path / "model.json"
+    settings = json.loads(path.read_text())
+    settings["model"]["width"] = 65_536
+    settings["model"]["mlp_width"] = 10**9
+    path.write_text(json.dumps(settings))
+    reseal(checkpoint)
+    with pytest.raises(UserError, match="has shape"):
+        checkpoint.load_model()
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path):
+    weights = dict(snapshot(1).weights)
+    del weights["norm.weight"]
+    with pytest.raises(UserError, match="tensor 'norm.weight' is missing"):
+        check_weights(GPT(CONFIG), weights, "file")
+    weights["norm.weight"] = torch.zeros(17)
+    with pytest.raises(UserError, match=r"norm.weight has shape \[17\], the model \[16\]"):
+        check_weights(GPT(CONFIG), weights, "file")
+
+
+def test_finding_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no run under runs/ yet; train one with: smalllm train"):
+        find_run(None)
+    for name in ("old", "new"):
+        filled(tmp_path / "runs" / name, [3])
+        (tmp_path / "runs" / name / "config.toml").write_text("")
+    os.utime(tmp_path / "runs/old/checkpoints", (1, 1))
+    assert find_run(None)[0].path == Path("runs/new")
+    assert find_run("old")[0].path == Path("runs/old")
+    assert find_run("runs/old/checkpoints/step-00000003")[1] == "00000003"
+    with pytest.raises(UserError, match="there is no run at elsewhere; the runs here are new, old"):
+        find_run("elsewhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is not a run folder"):
+        find_run("empty")
+    with pytest.raises(UserError, match="no checkpoint at step 7; it has 3"):
+        RunFolder(tmp_path / "runs/new").choose("7")
+    with pytest.raises(UserError, match="neither best, latest nor a step"):
+        RunFolder(tmp_path / "runs/new").choose("../../etc")
+
+
+def test_the_tokenizer_of_another_run_is_noticed(tmp_path: Path, dataset_folder: Path):
+    from smalllm.tokenizer import Tokenizer
+
+    folder = RunFolder(tmp_path)
+    config = CONFIG.model_copy(update={"vocab_size": 512})
+    torch.manual_seed(0)
+    folder.save(Snapshot(1, config, model_weights(GPT(config)), {}, {"tokenizer_fingerprint": "another"}), keep=1)
+    (tmp_path / "config.toml").write_text("")
+    Tokenizer.load(dataset_folder / "tokenizer.model").save(folder.tokenizer_file)
+    with pytest.raises(UserError, match="is the tokenizer of another run"):
+        open_run(tmp_path)
