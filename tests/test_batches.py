@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalllm.config import UserError
-from smalllm.data.batches import IGNORE, Batches, mix, permute
+from smalllm.data.batches import IGNORE, Batches, mix, pack, permute
 
 
 PINNED_MIX = (635286641217458360, 6321771992720037893, 7795324965117060851)
-PINNED_SEQUENCES = [(498, 10), (638, 10), (288, 10), (578, 10)]
+PINNED_SEQUENCES = [[(498, 10)], [(638, 10)], [(288, 10)], [(578, 10)]]
 
 
 class Tokens:
@@ -25,6 +25,7 @@ class Tokens:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
+        self.documents = 0
 
     def read(self, start: int, count: int) -> np.ndarray:
         assert 0 <= start and start + count <= self.tokens
@@ -53,18 +54,18 @@ def test_permute_moves_neighbours_apart():
 def test_mix_is_pinned():
     """Resuming an old run needs the same order for ever."""
     assert (mix(42, 0), mix(42, 1), mix(0)) == PINNED_MIX
-    assert Batches(Tokens(1000), 10, 40, seed=42).sequences(3) == PINNED_SEQUENCES
+    assert Batches(Tokens(1000), 10, 40, seed=42).rows_of(3) == PINNED_SEQUENCES
 
 
 @given(tokens=st.integers(2, 500), context=st.integers(1, 40), sequences=st.integers(1, 9), seed=st.integers(0, 99))
 @settings(max_examples=80)
 def test_every_token_is_a_target_once_per_epoch(tokens: int, context: int, sequences: int, seed: int):
     batches = Batches(Tokens(tokens), context, context * sequences, seed)
-    steps = -(-2 * batches.windows // sequences)
-    windows = [window for step in range(steps) for window in batches.sequences(step)]
+    steps = -(-2 * batches.rows.count // sequences)
+    windows = [segment for step in range(steps) for row in batches.rows_of(step) for segment in row]
     for epoch in range(2):
         seen: Counter[int] = Counter()
-        for start, count in windows[epoch * batches.windows : (epoch + 1) * batches.windows]:
+        for start, count in windows[epoch * batches.rows.count : (epoch + 1) * batches.rows.count]:
             seen.update((start + 1 + i) % tokens for i in range(count))
         assert seen == Counter(range(tokens))
 
@@ -103,12 +104,61 @@ def test_the_short_window_is_padded_with_targets_that_do_not_count():
 
 def test_order_depends_on_the_seed_and_changes_between_epochs():
     first, other = Batches(Tokens(4096), 16, 64, seed=1), Batches(Tokens(4096), 16, 64, seed=2)
-    assert first.sequences(0) != other.sequences(0)
-    epoch = first.windows // first.sequences_per_step
-    assert first.sequences(0) != first.sequences(epoch)
+    assert first.rows_of(0) != other.rows_of(0)
+    epoch = first.rows.count // first.rows_per_step
+    assert first.rows_of(0) != first.rows_of(epoch)
     assert first.epoch(epoch) == 1.0
 
 
 def test_an_empty_split_is_refused():
     with pytest.raises(UserError, match="the train split has 1 tokens"):
         Batches(Tokens(1), 8, 8, seed=0)
+
+
+class Documents(Tokens):
+    """Documents of given lengths, one after the other."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        super().__init__(sum(lengths))
+        self.lengths, self.documents = lengths, len(lengths)
+
+    def iterate_documents(self):  # type: ignore[no-untyped-def]
+        start = 0
+        for length in self.lengths:
+            yield np.arange(start, start + length)
+            start += length
+
+
+@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=60), context=st.integers(2, 40), sequences=st.integers(1, 5))
+@settings(max_examples=80)
+def test_packed_rows_hold_each_target_once_and_whole_documents(lengths: list[int], context: int, sequences: int):
+    split = Documents(lengths)
+    batches = Batches(split, context, context * sequences, seed=3, packing="documents")
+    rows = batches.rows.rows
+    begins = set(np.cumsum([0, *lengths])[:-1].tolist())
+    targets = Counter(start + 1 + i for row in rows for start, count in row for i in range(count))
+    assert targets == Counter(set(range(split.tokens)) - begins)
+    assert all(0 < sum(count for _, count in row) <= context for row in rows)
+    for row in rows:
+        for start, _ in row:  # a piece begins with its document, or with a whole context of it behind
+            begin = max(b for b in begins if b <= start)
+            assert (start - begin) % context == 0
+    steps = -(-batches.rows.count // sequences)
+    seen = [row for step in range(steps) for row in batches.rows_of(step)][: batches.rows.count]
+    assert sorted(seen) == sorted(rows)
+
+
+@given(st.lists(st.integers(1, 30), max_size=80))
+def test_packing_is_at_most_a_little_more_than_the_best(lengths: list[int]):
+    """Best fit decreasing never needs more than 11/9 of the best packing and one row (Johnson 1973)."""
+    rows = pack([(i, length) for i, length in enumerate(lengths)], 30)
+    lower_bound = -(-sum(lengths) // 30)
+    assert len(rows) <= 11 / 9 * max(lower_bound, sum(length > 15 for length in lengths)) + 4
+    assert sorted(piece for row in rows for piece in row) == list(enumerate(lengths))
+
+
+def test_padding_of_packed_rows_does_not_count():
+    batches = Batches(Documents([5, 4]), 8, 8, seed=0, packing="documents")
+    inputs, targets = _rows(batches, 0, 1, 0, 1)[0]
+    assert batches.tokens(0) == 7
+    assert inputs[:7] == (0, 1, 2, 3, 5, 6, 7) and targets == (1, 2, 3, 4, 6, 7, 8, IGNORE)

@@ -24,7 +24,7 @@ def inputs(rows: int = 37, width: int = 16, vocab: int = 50, dtype: torch.dtype 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 50 * 10, 2**20])
 def test_value_and_gradients_equal_torchs(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(objectives.CHUNK_BYTES, "cpu", chunk_bytes)
     hidden, weight, targets = inputs(dtype=torch.float32)
     loss = linear_cross_entropy(hidden, weight, targets)
     reference = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="sum")
@@ -78,23 +78,23 @@ def test_gradient_through_the_model_equals_the_plain_one(tied: bool):
 
 
 def test_memory_does_not_grow_with_the_logits():
-    """All logits of this case would take 400 MB; the chunk may take 32."""
+    """All logits of this case would take 400 MB; the chunk may take 8."""
     hidden = torch.randn(2000, 8, requires_grad=True)
     weight = torch.randn(50_000, 8, requires_grad=True)
     largest = 0
-    original = objectives._chunk_loss
+    original = objectives.chunk_loss
 
     def watched(logits, targets, with_slope):  # type: ignore[no-untyped-def]
         nonlocal largest
         largest = max(largest, logits.numel() * 4)
         return original(logits, targets, with_slope)
 
-    objectives._chunk_loss = watched
+    objectives.chunk_loss = watched
     try:
         linear_cross_entropy(hidden, weight, torch.zeros(2000, dtype=torch.long)).backward()
     finally:
-        objectives._chunk_loss = original
-    assert 0 < largest <= objectives.CHUNK_BYTES
+        objectives.chunk_loss = original
+    assert 0 < largest <= objectives.CHUNK_BYTES["cpu"]
 
 
 def test_an_id_outside_the_vocabulary_is_an_error_never_clamped():

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from smalllm.checkpoint import LoadedRun, open_run
 from smalllm.config import load_recipe
-from smalllm.evaluation import Evaluation, bits_per_byte
+from smalllm.evaluation import evaluate_run
 from smalllm.generation import Generator, SamplingParams
 from smalllm.training.trainer import Summary
 from smalllm.training.trainer import train as train_run
@@ -67,12 +68,7 @@ def train(
     return train_run(load_recipe(recipe, overrides), Path(out) if out else None, fresh=fresh)
 
 
-def evaluate(run: str | Path | None = None, texts: Sequence[str] | None = None, checkpoint: str = "best") -> Evaluation:
-    """Bits per byte on texts, each a whole document; left out, on the run's validation documents."""
-    loaded = open_run(run, checkpoint)
-    if texts is None:
-        from smalllm.data.shards import TokenDataset
-
-        documents = TokenDataset.open(loaded.folder.data()).valid.iterate_documents()
-        texts = [loaded.tokenizer.decode(ids.tolist()) for ids in documents]
-    return bits_per_byte(loaded.model, loaded.tokenizer, texts)
+def evaluate(run: str | Path | None = None, text: str | None = None, checkpoint: str = "best", stories: int = 0) -> dict[str, Any]:
+    """What ``smalllm evaluate --json`` prints. ``text`` is a source of documents such as a file; left out, the validation
+    documents of the run's data."""
+    return evaluate_run(open_run(run, checkpoint), text=text, stories=stories)

@@ -55,10 +55,6 @@ class FileSystem:
             file.flush()
             os.fsync(file.fileno())
 
-    def append(self, path: Path, data: bytes) -> None:
-        with open(path, "ab") as file:
-            file.write(data)
-
     def sync_folder(self, path: Path) -> None:
         """Make names (created, renamed) durable; Windows and some network file systems cannot, and need not."""
         try:
@@ -107,6 +103,7 @@ class Checkpoint:
         return data
 
     def manifest(self) -> dict[str, Any]:
+        """Sizes and digests of the files; DamagedCheckpoint when they cannot be told."""
         try:
             manifest = json.loads((self.path / "manifest.json").read_bytes())
             whole = {name: (record["size"], record["sha256"]) for name, record in manifest["files"].items()}
@@ -200,8 +197,10 @@ class RunFolder:
         return load_recipe(self.config_file)
 
     def data(self) -> Path:
-        """Folder of the data that the run was trained on."""
-        return self.config().data_path
+        """Folder of the data that the run was trained on: as its settings say, seen from here or from beside runs/."""
+        path = self.config().data_path
+        beside = self.path.resolve().parent.parent / path
+        return beside if beside.exists() and not path.exists() else path
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer_file)
@@ -409,6 +408,7 @@ def open_run(
 
 
 def no_space_left(error: OSError) -> bool:
+    """Whether an error of the file system means that the disk, or the quota, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -32,20 +32,20 @@ class ModelConfig(Section):
     """The shape of a decoder-only GPT. The legal combinations are those that a known architecture
     (llama, qwen3, starcoder2, gpt2) can express, so that every model trained here runs elsewhere."""
 
-    layers: int = Field(6, ge=1, le=1024)
+    layers: int = Field(6, ge=1, le=1024, description="transformer blocks")
     width: int = Field(384, ge=8, le=65536, description="size of the residual stream")
-    heads: int = Field(6, ge=1, le=1024)
+    heads: int = Field(6, ge=1, le=1024, description="attention heads; width / heads is the width of one")
     kv_heads: int = Field(0, ge=0, description="key/value heads; 0: as many as heads (no grouping)")
     mlp_width: int = Field(0, ge=0, description="hidden size of the MLP; 0: 4 x width, or 8/3 x width for swiglu")
     context: int = Field(256, ge=2, le=1_048_576, description="longest sequence, in tokens")
     vocab_size: int = Field(0, ge=0, le=1_048_576, description="0: that of the data")
-    positions: Literal["rope", "learned"] = "rope"
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    qk_norm: bool = False
-    bias: bool = False
-    tie_embeddings: bool = True
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    positions: Literal["rope", "learned"] = Field("rope", description="rotary, or a learned embedding per position")
+    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="normalization before each part of a block")
+    activation: Literal["swiglu", "gelu"] = Field("swiglu", description="of the MLP; gelu is the tanh form")
+    qk_norm: bool = Field(False, description="RMSNorm on queries and keys; steadier at high learning rates")
+    bias: bool = Field(False, description="biases in linear layers and layer norms")
+    tie_embeddings: bool = Field(True, description="the head reads the token embedding")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of activations dropped in training")
     rope_theta: float | None = Field(None, gt=1.0, description="base of RoPE; default 10000 when positions = rope")
 
     @model_validator(mode="after")
@@ -107,25 +107,28 @@ class DataConfig(Section):
 
     path: str = Field("", description="folder of prepared data; empty: data/<name of the recipe>")
     source: str = Field("", description="storyworld[:STORIES], tinystories, hf://..., or files; prepared when path is missing")
-    valid: str = Field("", description="source of the validation documents; empty: a fraction is split off")
-    vocab_size: int = Field(4096, ge=260, le=1_048_576)
+    valid: str = Field("", description="source of the validation documents; empty: the source's own, else a fraction is split off")
+    vocab_size: int = Field(4096, ge=260, le=1_048_576, description="pieces of the tokenizer that is trained")
     limit: int = Field(0, ge=0, description="documents at most; 0: all")
-    sample_rate: float = Field(1.0, gt=0.0, le=1.0)
+    sample_rate: float = Field(1.0, gt=0.0, le=1.0, description="share of the documents that is kept")
     num_files: int = Field(0, ge=0, description="files at most; 0: all")
+    packing: Literal["stream", "documents"] = Field(
+        "documents", description="training rows: whole documents packed, or the stream of tokens cut anywhere"
+    )
 
 
 class OptimConfig(Section):
     """Optimizer and learning-rate schedule. With muon, ``lr`` is for the matrices of the blocks and ``adam_lr``
     (AdamW) for embeddings, norms and biases."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-3, gt=0.0, le=10.0)
-    adam_lr: float | None = Field(None, gt=0.0, le=10.0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices of the blocks, with adamw for the rest")
+    lr: float = Field(1e-3, gt=0.0, le=10.0, description="peak learning rate")
+    adam_lr: float | None = Field(None, gt=0.0, le=10.0, description="with muon: that of adamw; default 0.2 x lr")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw")
     weight_decay: float = Field(0.1, ge=0.0, lt=10.0, description="on matrices only")
     clip: float = Field(1.0, ge=0.0, description="largest gradient norm; 0: no clipping")
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="after warmup; wsd: stable, then a linear cooldown")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warmup")
     final_lr_fraction: float | None = Field(None, ge=0.0, le=1.0, description="default 0.1 for cosine, 0 for wsd")
     cooldown_fraction: float | None = Field(None, gt=0.0, le=1.0, description="wsd: share of the run that cools down")
 
@@ -164,22 +167,22 @@ class TrainConfig(Section):
     minutes: float = Field(0.0, ge=0.0, le=1e6, description="wall-clock budget; 0: none")
     batch_tokens: int = Field(16_384, ge=1, description="tokens per optimizer step, over all ranks")
     micro_batch: int = Field(0, ge=0, description="sequences per forward pass; 0: chosen for this machine")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of matrix products; auto: what this device does fastest")
     recompute: bool = Field(False, description="activation checkpointing: recompute blocks in the backward pass")
-    compile: Literal["auto", "on", "off"] = "auto"
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    log_every: int = Field(10, ge=1)
-    evaluate_every: int = Field(0, ge=0, description="steps; 0: twenty times a run")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: where it pays")
+    parallel: Literal["ddp"] = Field("ddp", description="how ranks share a step; one rank in this version")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    evaluate_every: int = Field(0, ge=0, description="steps; 0: ten times a run")
     evaluate_tokens: int = Field(0, ge=0, description="validation tokens per evaluation; 0: what 2 % of the time allows")
-    checkpoint_every: int = Field(0, ge=0, description="steps; 0: at each evaluation")
+    checkpoint_every: int = Field(0, ge=0, description="steps, besides those of the evaluations, before which one is always written; 0: no others")
     keep: int = Field(3, ge=1, description="checkpoints kept besides the best")
     patience: int = Field(0, ge=0, description="evaluations without improvement before stopping; 0: never")
-    memory_gb: float = Field(0.0, ge=0.0, description="memory budget for choosing micro_batch; 0: what is free")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    memory_gb: float = Field(0.0, ge=0.0, description="memory budget for choosing micro_batch; 0: half of the device's memory")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     sample_prompt: str = Field("Once upon a time", description="prompt of the sample story at each evaluation")
     sample_tokens: int = Field(120, ge=0, description="length of that story; 0: none")
-    preflight: bool = True
-    track: Literal["none", "tensorboard", "wandb"] = "none"
+    preflight: bool = Field(True, description="checks before the first step")
+    track: Literal["none", "tensorboard", "wandb"] = Field("none", description="optional tracker; off unless asked for")
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
@@ -191,8 +194,8 @@ class TrainConfig(Section):
 class RunConfig(Section):
     """A whole run. ``RunConfig.to_toml()`` re-runs it."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    seed: int = Field(42, ge=0, lt=2**63)
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="the run folder is runs/NAME")
+    seed: int = Field(42, ge=0, lt=2**63, description="of weights, data order and dropout")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -21,21 +22,25 @@ def pick_device(wish: str = "auto") -> torch.device:
     """``auto`` is CUDA, then Apple MPS, then the CPU. UserError when the wished device is not here."""
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wish):
+        raise UserError(f"device = {wish} is not one of auto, cpu, mps, cuda, cuda:N")
     device = torch.device(wish)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"train.device = {wish}: PyTorch sees no such GPU here; use device=cpu, or install a CUDA build of torch")
+        raise UserError(f"device = {wish}: PyTorch sees no such GPU here; use device=cpu, or install a CUDA build of torch")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"train.device = {wish}: there is no Apple GPU here; use device=cpu")
+        raise UserError(f"device = {wish}: there is no Apple GPU here; use device=cpu")
     return device
 
 
 def device_name(device: torch.device) -> str:
+    """What the maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return "Apple GPU" if device.type == "mps" else cpu_name()
 
 
 def cpu_name() -> str:
+    """The processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -156,6 +156,7 @@ class Sinks:
             self.note(f"{kind} is off: {error}")
 
     def write(self, record: Record) -> None:
+        """Hand a record to every tracker that still works."""
         for kind, writer in list(self.writers):
             try:
                 writer(record)

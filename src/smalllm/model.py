@@ -22,6 +22,7 @@ NORM_EPS = 1e-5
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the last dimension."""
     match config.norm:
         case "rmsnorm":
             return nn.RMSNorm(width, eps=NORM_EPS)
@@ -132,7 +133,24 @@ class Attention(nn.Module):
         if self.heads != self.kv_heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
         dropout = self.dropout if self.training else 0.0
+        if visible is None and not dropout and q.device.type == "cpu" and self.training:
+            return blocked_attention(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
+    """Causal attention [B, H, T, D] by blocks of query rows that skip the keys after them. On CPUs plain products of the
+    matrix library beat the fused kernel, twice over when a compiler fuses the softmax."""
+    T, scale = q.shape[2], q.shape[3] ** -0.5
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    parts = []
+    for start in range(0, T, rows):
+        end = min(start + rows, T)
+        scores = (q[:, :, start:end] @ k[:, :, :end].mT).float() * scale
+        own = scores[..., start:].masked_fill(future[: end - start, : end - start], float("-inf"))
+        weights = torch.cat((scores[..., :start], own), dim=-1).softmax(dim=-1)
+        parts.append(weights.to(v.dtype) @ v[:, :, :end])
+    return torch.cat(parts, dim=2)
 
 
 def _visible(positions: Tensor, keys: int) -> Tensor:
@@ -165,6 +183,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): [B, T, C] -> [B, T, C]."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config, config.width)

@@ -20,6 +20,7 @@ def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]
 
 
 def read_run(run: Path) -> list[Record]:
+    """The records of a run; UserError when there are none yet."""
     records = list(read_records(RunFolder(run).metrics_file))
     if not records:
         raise UserError(f"run {run} has no metrics yet; train it longer, or name another run")

@@ -27,12 +27,17 @@ class Check:
 
 
 def preflight(model: GPT, tokenizer: Tokenizer, dataset: TokenDataset, batch: Batch) -> list[Check]:
-    """Every check, in order. ``batch`` is the first that training will see, on the model's device."""
+    """The checks in order, up to the first that fails. ``batch`` is the first that training will see, on the model's device."""
     small = Batch(batch.inputs[:2, :64], batch.targets[:2, :64])
     was_training = model.training
     model.eval()
     try:
-        return list(_checks(model, tokenizer, dataset, small))
+        done = []
+        for check in _checks(model, tokenizer, dataset, small):
+            done.append(check)
+            if not check.passed:
+                break
+        return done
     finally:
         model.train(was_training)
 
@@ -76,6 +81,7 @@ def round_trip(tokenizer: Tokenizer, dataset: TokenDataset) -> Check:
 
 
 def ids_in_range(model: GPT, batch: Batch) -> Check:
+    """No id of the first batch lies outside the model's vocabulary; none is ever clamped."""
     highest = int(max(batch.inputs.max(), batch.targets.max()))
     return Check("ids lie in the vocabulary", highest < model.config.vocab_size, f"highest {highest} of {model.config.vocab_size}")
 
@@ -102,6 +108,7 @@ def causality(model: GPT, batch: Batch) -> Check:
 
 @torch.no_grad()
 def cached_is_uncached(model: GPT, batch: Batch) -> Check:
+    """Decoding with the key/value cache gives the logits of the whole sequence."""
     ids, middle = _stirred_model_inputs(model, batch)
     stirred = _stirred(model)
     cache = KVCache(model.config, len(ids), capacity=ids.shape[1], device=ids.device)

@@ -1,6 +1,6 @@
 """Where and in which precision a run computes: device, autocast, loss scaling, ranks, seeds, compilation.
 
-The only module that knows torch.distributed; models and losses are written as for one device in float32.
+The only module that may know torch.distributed (one rank for now); models and losses are written as for one device in float32.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def make_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
 
 
 def pick_precision(device: torch.device, wish: str) -> Precision:
+    """``auto`` is bf16 where it pays, fp16 on other CUDA cards, fp32 elsewhere; UserError for what the device lacks."""
     fast = hardware.fast_dtypes(device)
     match wish:
         case "auto":
@@ -115,7 +116,8 @@ def pick_micro_batch(model: GPT, runtime: Runtime, batch_tokens: int, memory_gb:
     per_token = 4 * model.config.layers * (12 * model.config.width + 3 * model.config.hidden_width)
     fits = max(1, int((budget - fixed) // (per_token * context)))
     likes = max(1, 4096 // context) if runtime.device.type == "cpu" else max(1, 32_768 // context)
-    return min(sequences, fits, likes)
+    most = min(sequences, fits, likes)
+    return next(size for size in range(most, 0, -1) if sequences % size == 0)  # equal pieces: one shape to compile
 
 
 def eager(compiled: bool) -> ContextManager[Any]:

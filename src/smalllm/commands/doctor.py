@@ -63,6 +63,7 @@ def _safely(examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
+    """Every package that a verb may import."""
     missing = []
     for name in PACKAGES:
         try:
@@ -76,6 +77,7 @@ def packages() -> Iterator[Finding]:
 
 
 def device() -> Iterator[Finding]:
+    """The device that training would take, and whether it computes rightly."""
     chosen = hardware.pick_device()
     errors = hardware.self_test(chosen)
     yield Finding(
@@ -86,6 +88,7 @@ def device() -> Iterator[Finding]:
 
 
 def formats() -> Iterator[Finding]:
+    """Number formats and their measured peaks."""
     import torch
 
     chosen = hardware.pick_device()
@@ -95,11 +98,13 @@ def formats() -> Iterator[Finding]:
 
 
 def compiler() -> Iterator[Finding]:
+    """What torch.compile needs on a CPU."""
     found = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
     yield Finding("C++ compiler", True, found or "none: training works, but torch.compile stays off on the CPU")
 
 
 def disk() -> Iterator[Finding]:
+    """Room for checkpoints in the current folder."""
     free = shutil.disk_usage(Path.cwd()).free
     writable = os.access(Path.cwd(), os.W_OK)
     detail = f"{free / 2**30:.1f} GiB free here" if writable else f"{Path.cwd()} cannot be written; change to a folder of yours"
@@ -107,6 +112,7 @@ def disk() -> Iterator[Finding]:
 
 
 def recipes() -> Iterator[Finding]:
+    """Every recipe of the package loads."""
     names = recipe_names()
     for name in names:
         load_recipe(name)

@@ -25,6 +25,7 @@ def plot(
         A .png, .svg or .pdf; left out, curve.png in the first run's folder.
     """
     folders = [find_run(run)[0].path for run in (runs or (None,))]
+    picture = plot_runs(folders, out or folders[0] / "curve.png")
     for folder in folders:
         print(table(folder), end="\n\n")
-    print(f"drawn in {plot_runs(folders, out or folders[0] / 'curve.png')}")
+    print(f"drawn in {picture}")

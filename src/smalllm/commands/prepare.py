@@ -40,7 +40,7 @@ STAGES = {"read": "reading documents", "tokenizer": "learning the vocabulary", "
 def prepare(
     *sources: Annotated[str, Parameter(name="SOURCE", allow_leading_hyphen=True)],
     out: Annotated[Path, Parameter(name="--out")],
-    vocab_size: Annotated[int, Parameter(name="--vocab-size")] = 4096,
+    vocab_size: Annotated[int | None, Parameter(name="--vocab-size")] = None,
     tokenizer: Annotated[Path | None, Parameter(name="--tokenizer")] = None,
     valid: Annotated[str | None, Parameter(name="--valid")] = None,
     valid_fraction: Annotated[float | None, Parameter(name="--valid-fraction")] = None,
@@ -62,7 +62,7 @@ def prepare(
     out
         The dataset folder to make.
     vocab_size
-        Pieces of the vocabulary to learn.
+        Pieces of the vocabulary to learn [default: 4096].
     tokenizer
         A SentencePiece .model to use instead of learning one.
     valid

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from smalllm.config import RunConfig, load_recipe
+from smalllm.config import RunConfig, UserError, load_recipe
 from smalllm.data.prepare import PrepareProgress
 from smalllm.metrics import Record
 from smalllm.terminal import plain
 from smalllm.training.trainer import Summary
 from smalllm.training.trainer import train as train_run
 
+PROGRAM = "uv run smalllm" if "UV_RUN_RECURSION_DEPTH" in os.environ else "smalllm"
+"""How the user called us, so that hints can be copied."""
 STAGES = {"read": "reading documents", "tokenizer": "learning the vocabulary", "encode": "encoding"}
 
 
@@ -51,7 +55,7 @@ def train(
     config = settings(words, data, minutes)
     console = Console(stderr=json_output)
     display = Bars(console, config) if console.is_terminal else Lines(console, config)
-    command = "smalllm train " + " ".join(words)
+    command = shlex.join(["smalllm", "train", *words, *_given(data=data, out=out, minutes=minutes)])
     try:
         summary = train_run(config, out, fresh=fresh, display=display, progress=display.preparing, command=command)
     finally:
@@ -69,10 +73,17 @@ def settings(words: tuple[str, ...], data: Path | None, minutes: float | None) -
     if words and "=" not in words[0]:
         recipe, overrides = words[0], list(words[1:])
     if data is not None:
+        if not (data / "manifest.json").exists():
+            raise UserError(f"--data {data} holds no prepared data; run: smalllm prepare SOURCE --out {data}")
         overrides.append(f"data.path={data}")
     if minutes is not None:
         overrides.append(f"train.minutes={minutes}")
     return load_recipe(recipe, overrides)
+
+
+def _given(**options: object) -> list[str]:
+    """The options that were given, as words of a command line."""
+    return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def _json(summary: Summary) -> dict[str, Any]:
@@ -86,6 +97,7 @@ class Lines:
     def __init__(self, console: Console, config: RunConfig) -> None:
         self.console = console
         self.said: str = ""
+        self.bits: Record = {}
         self.note(heading(config))
 
     def preparing(self, state: PrepareProgress) -> None:
@@ -94,7 +106,12 @@ class Lines:
             self.note(f"data: {STAGES[state.stage]}")
 
     def progress(self, record: Record) -> None:
-        self.console.print(Text(line(record)), soft_wrap=True)
+        self.console.print(Text(line(self.remembered(record))), soft_wrap=True)
+
+    def remembered(self, record: Record) -> Record:
+        """The record with the bits per byte of the last evaluation."""
+        self.bits = {"valid_bits_per_byte": record["valid_bits_per_byte"]} if "valid_bits_per_byte" in record else self.bits
+        return self.bits | record
 
     def story(self, step: int, prompt: str, text: str) -> None:
         self.console.print(Text.assemble((f"[step {step}] ", "dim"), (plain(prompt), "bold"), plain(text)), soft_wrap=True)
@@ -123,7 +140,7 @@ class Bars(Lines):
 
     def progress(self, record: Record) -> None:
         self.bars.update(
-            self.task, description=f"step {record['step']}", completed=record["progress"], figures=figures(record)
+            self.task, description=f"step {record['step']}", completed=record["progress"], figures=figures(self.remembered(record))
         )
 
     def note(self, message: str) -> None:
@@ -146,6 +163,7 @@ class Figures(ProgressColumn):
 
 
 def heading(config: RunConfig) -> str:
+    """What is about to be trained, in one line."""
     model, train = config.model, config.train
     length = " or ".join(
         part for part in (f"{train.steps} steps" if train.steps else "", f"{train.minutes:g} minutes" if train.minutes else "") if part
@@ -173,6 +191,7 @@ def figures(record: Record) -> str:
 
 
 def line(record: Record) -> str:
+    """A logged step where there is no bar."""
     return f"{_step(record['step'])}  {record['progress']:4.0%}  {figures(record)}"
 
 
@@ -181,14 +200,15 @@ def closing(console: Console, summary: Summary) -> None:
     run = Path(summary.run)
     console.print(Text(f"\n{outcome(summary)}"), soft_wrap=True)
     if summary.stopped_because.startswith("SIG"):
-        console.print(Text(f"The run is saved; go on with the same command, or read: smalllm sample {run}"), soft_wrap=True)
+        console.print(Text(f"The run is saved; go on with the same command, or read: {PROGRAM} sample {run}"), soft_wrap=True)
         return
     console.print(Text(f"\n{last_story(run)}\n"), soft_wrap=False)
     console.print(Text(f"The curve is in {draw(run)}"), soft_wrap=True)
-    console.print(Text(f"Next: smalllm chat {run}     (more stories: smalllm sample {run} --count 3)"), soft_wrap=True)
+    console.print(Text(f"Next: {PROGRAM} chat {run}     (more stories: {PROGRAM} sample {run} --count 3)"), soft_wrap=True)
 
 
 def outcome(summary: Summary) -> str:
+    """How a run ended, in sentences."""
     words = [
         f"{summary.run}: step {summary.step}, {_thousands(summary.tokens)} tokens in {_clock(summary.seconds)}"
         f" ({_thousands(summary.tokens_per_second)} tokens/s, MFU {summary.mfu:.0%}); stopped because of: {summary.stopped_because}."
@@ -202,6 +222,7 @@ def outcome(summary: Summary) -> str:
 
 
 def last_story(run: Path) -> str:
+    """A whole story by the best checkpoint."""
     from smalllm.checkpoint import open_run
     from smalllm.generation import Generator, SamplingParams
 
@@ -211,6 +232,7 @@ def last_story(run: Path) -> str:
 
 
 def draw(run: Path) -> Path:
+    """The curve of the run, as a picture in its folder."""
     from smalllm.plots import plot_runs
 
     return plot_runs([run], run / "curve.png")

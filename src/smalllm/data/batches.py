@@ -1,8 +1,8 @@
-"""Which tokens a step sees: ``batches.sequences(step)`` is a pure function of (seed, step).
+"""Which tokens a step sees: ``batches.rows_of(step)`` is a pure function of (seed, step).
 
-The training split is a ring of tokens, cut into windows of ``context`` inputs, each token a target exactly once per
-epoch; windows come in a keyed random order, and each epoch cuts elsewhere. Nothing is stored, so resuming needs only
-the step, and any number of ranks sees the same order. The module knows nothing about models.
+The training split is cut into rows of at most ``context`` targets, each token a target once per epoch; rows come in a
+keyed random order. Nothing is stored, so resuming needs only the step, and any number of ranks sees the same order.
+The module knows nothing about models.
 """
 
 from __future__ import annotations
@@ -37,49 +37,117 @@ class Batch:
         return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
 
 
-class Batches:
-    """The endless stream of global batches of a split."""
+Segment = tuple[int, int]
+"""A stretch of the split: first token read, number of targets (the tokens that follow each of those read)."""
 
-    def __init__(self, split: TokenSplit, context: int, batch_tokens: int, seed: int) -> None:
+
+class StreamRows:
+    """The split as a ring of tokens, cut every ``context`` tokens wherever that falls; each epoch cuts elsewhere."""
+
+    def __init__(self, split: TokenSplit, context: int, seed: int) -> None:
+        self.tokens, self.context, self.seed = split.tokens, context, seed
+        self.count = -(-split.tokens // context)
+
+    def row(self, index: int, epoch: int) -> list[Segment]:
+        cut = mix(self.seed, epoch, 1) % self.tokens
+        targets = min(self.context, self.tokens - index * self.context)
+        return [((cut + index * self.context) % self.tokens, targets)]
+
+
+class PackedRows:
+    """Whole documents packed into rows (best fit, longest first, among neighbours in the stored order), so that a token
+    sees all of its document; a document longer than ``context`` is cut into pieces. Begin tokens are no targets."""
+
+    GROUP = 4096
+
+    def __init__(self, split: TokenSplit, context: int) -> None:
+        lengths = np.fromiter((len(document) for document in split.iterate_documents()), dtype=np.int64, count=split.documents)
+        starts = np.cumsum(lengths) - lengths
+        self.rows: list[list[Segment]] = []
+        for first in range(0, len(lengths), self.GROUP):
+            group = slice(first, first + self.GROUP)
+            pieces = [
+                (start + offset, min(context, length - 1 - offset))
+                for start, length in zip(starts[group].tolist(), lengths[group].tolist(), strict=True)
+                for offset in range(0, length - 1, context)
+            ]
+            self.rows += pack(pieces, context)
+        self.count = len(self.rows)
+
+    def row(self, index: int, epoch: int) -> list[Segment]:
+        return self.rows[index]
+
+
+def pack(pieces: list[Segment], capacity: int) -> list[list[Segment]]:
+    """Best-fit decreasing bin packing of segments into rows of at most ``capacity`` targets.
+
+    >>> pack([(0, 3), (10, 5), (20, 2), (30, 1)], capacity=6)
+    [[(10, 5), (30, 1)], [(0, 3), (20, 2)]]
+    """
+    rows: list[list[Segment]] = []
+    open_rows: dict[int, list[int]] = {}  # free targets -> rows that have so many
+    spaces = 0  # bit n is set when a row has n free
+    for piece in sorted(pieces, key=lambda piece: (-piece[1], piece[0])):
+        fitting = spaces >> piece[1] << piece[1]
+        if fitting:
+            space = (fitting & -fitting).bit_length() - 1
+            row = open_rows[space].pop()
+            spaces ^= (not open_rows[space]) << space
+        else:
+            space, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        left = space - piece[1]
+        open_rows.setdefault(left, []).append(row)
+        spaces |= 1 << left
+    return rows
+
+
+class Batches:
+    """The endless stream of global batches of a split. ``packing`` is ``stream`` or ``documents``."""
+
+    def __init__(self, split: TokenSplit, context: int, batch_tokens: int, seed: int, packing: str = "stream") -> None:
         assert batch_tokens % context == 0
         if split.tokens < 2:
             raise UserError(f"the {split.name} split has {split.tokens} tokens; give more text to: smalllm prepare")
         self.split, self.context, self.seed = split, context, seed
-        self.sequences_per_step = batch_tokens // context
-        self.windows = -(-split.tokens // context)
+        self.rows_per_step = batch_tokens // context
+        self.rows = PackedRows(split, context) if packing == "documents" else StreamRows(split, context, seed)
 
     def epoch(self, step: int) -> float:
         """Passes over the data when ``step`` steps are done."""
-        return step * self.sequences_per_step / self.windows
+        return step * self.rows_per_step / self.rows.count
 
-    def sequences(self, step: int) -> list[tuple[int, int]]:
-        """(first token, number of targets) of each window of a step; the first token counts from the epoch's cut."""
-        number = np.arange(self.sequences_per_step, dtype=np.int64) + step * self.sequences_per_step
+    def rows_of(self, step: int) -> list[list[Segment]]:
+        """The segments of each row of a step, over all ranks."""
+        number = np.arange(self.rows_per_step, dtype=np.int64) + step * self.rows_per_step
         found = []
-        for epoch in np.unique(number // self.windows):
-            index = permute(number[number // self.windows == epoch] % self.windows, self.windows, mix(self.seed, int(epoch)))
-            cut = mix(self.seed, int(epoch), 1) % self.split.tokens
-            for window in index.tolist():
-                targets = min(self.context, self.split.tokens - window * self.context)
-                found.append(((cut + window * self.context) % self.split.tokens, targets))
+        for epoch in np.unique(number // self.rows.count).tolist():
+            within = number[number // self.rows.count == epoch] % self.rows.count
+            index = permute(within, self.rows.count, mix(self.seed, epoch))
+            found += [self.rows.row(row, epoch) for row in index.tolist()]
         return found
 
     def micro_batches(self, step: int, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """This rank's share of a step in pieces of at most ``micro_batch`` sequences."""
-        mine = self.sequences(step)[rank::world]
+        """This rank's share of a step in pieces of at most ``micro_batch`` rows."""
+        mine = self.rows_of(step)[rank::world]
         for start in range(0, len(mine), micro_batch):
             yield self._batch(mine[start : start + micro_batch])
 
     def tokens(self, step: int) -> int:
         """Targets that count in a step, over all ranks: the divisor of its loss."""
-        return sum(targets for _, targets in self.sequences(step))
+        return sum(targets for row in self.rows_of(step) for _, targets in row)
 
-    def _batch(self, windows: list[tuple[int, int]]) -> Batch:
-        inputs = np.zeros((len(windows), self.context), dtype=np.int64)
-        targets = np.full((len(windows), self.context), IGNORE, dtype=np.int64)
-        for row, (start, count) in enumerate(windows):
-            tokens = self._ring(start, count + 1)
-            inputs[row, :count], targets[row, :count] = tokens[:-1], tokens[1:]
+    def _batch(self, rows: list[list[Segment]]) -> Batch:
+        inputs = np.zeros((len(rows), self.context), dtype=np.int64)
+        targets = np.full((len(rows), self.context), IGNORE, dtype=np.int64)
+        for number, row in enumerate(rows):
+            place = 0
+            for start, count in row:
+                tokens = self._ring(start, count + 1)
+                inputs[number, place : place + count] = tokens[:-1]
+                targets[number, place : place + count] = tokens[1:]
+                place += count
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
     def _ring(self, start: int, count: int) -> np.ndarray:

@@ -47,6 +47,7 @@ from smalllm.data.shards import (
 from smalllm.data.sources import Counts, Source, documents, open_source, passages
 from smalllm.tokenizer import MAX_PIECES, Tokenizer
 
+VOCAB_SIZE = 4096
 VALID_FRACTION = 0.02
 SAMPLE_BYTES = 20_000_000
 BATCH_BYTES = 4_000_000
@@ -106,7 +107,7 @@ def prepare(
     sources: Sequence[str],
     out: Path,
     *,
-    vocab_size: int = 4096,
+    vocab_size: int | None = None,
     tokenizer: Path | None = None,
     valid: str | None = None,
     valid_fraction: float | None = None,
@@ -121,13 +122,15 @@ def prepare(
 
     Validation comes from `valid`; else from the source's own validation (tinystories, storyworld), unless
     `valid_fraction` is given; else a fraction (0.02) of the documents is held out. A single document, such as a book,
-    is first cut into passages. `num_files`, `sample_rate` and `limit` apply to `sources` only. A given `tokenizer` decides
-    the vocabulary and `vocab_size` does not count. If `out` already holds the dataset of these settings it is kept
+    is first cut into passages. `num_files`, `sample_rate` and `limit` apply to `sources` only. The vocabulary is that of a
+    given `tokenizer`, or `vocab_size` pieces (4,096 unless given) are learned. If `out` already holds the dataset of these settings it is kept
     (`reused`). Raises UserError for every mistake of the user.
     """
-    settings = Settings(vocab_size, valid_fraction, num_files, sample_rate, limit, seed)
-    _check_settings(sources, valid, settings, workers)
     given = Tokenizer.load(tokenizer) if tokenizer else None
+    if given and vocab_size not in (None, given.vocab_size):
+        raise UserError(f"vocab_size={vocab_size} but {tokenizer} has {given.vocab_size} pieces; leave vocab_size out")
+    settings = Settings(VOCAB_SIZE if vocab_size is None else vocab_size, valid_fraction, num_files, sample_rate, limit, seed)
+    _check_settings(sources, valid, settings, workers)
     clock = _Clock(progress)
     opened = [open_source(source, num_files=num_files) for source in sources]
     held_out = _validation_source(opened, valid, valid_fraction)

@@ -59,6 +59,7 @@ def lr_fraction(optim: OptimConfig, step: int, progress: float) -> float:
 
 
 def decay(optim: OptimConfig, step: int, progress: float) -> float:
+    """What comes after warmup: a share of the peak."""
     match optim.schedule:
         case "constant":
             return 1.0

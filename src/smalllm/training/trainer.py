@@ -149,7 +149,7 @@ class Trainer:
         self.config = settled(config, self.dataset)
         self.tokenizer = self.dataset.tokenizer()
         model, train = self.config.model, self.config.train
-        self.batches = Batches(self.dataset.train, model.context, train.batch_tokens, self.config.seed)
+        self.batches = Batches(self.dataset.train, model.context, train.batch_tokens, self.config.seed, self.config.data.packing)
         seed_everything(self.config.seed)
         self.model = GPT(model).to(self.runtime.device).train()
         self.model.recompute = train.recompute
@@ -169,9 +169,9 @@ class Trainer:
             self.begin()
             while not self.finished():
                 self.step()
-                if self.due(self.config.train.log_every):
-                    self.log()
                 self.state.evaluation_due = self.due_evaluation()
+                if self.state.evaluation_due or self.due(self.config.train.log_every):
+                    self.log()
                 if self.due_checkpoint():
                     self.save()  # before evaluation: a failing evaluation loses nothing
                 if self.state.evaluation_due:
@@ -234,7 +234,8 @@ class Trainer:
             if self.config.model.dropout:
                 seed_everything(self.config.seed, self.state.step, index)
             with self.runtime.autocast():
-                loss = cross_entropy_sum(self.model, batch.to(self.runtime.device), self.runtime.dtype) / tokens
+                batch = batch.to(self.runtime.device)
+                loss = cross_entropy_sum(self.model, batch, self.runtime.dtype, self.compiled) / tokens
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
         return total.item()
@@ -248,6 +249,7 @@ class Trainer:
         return torch.nn.utils.get_total_norm(gradients).item()
 
     def clip(self, norm: float) -> None:
+        """Scale the gradient down to norm ``optim.clip`` if it is longer (Pascanu et al., arXiv 1211.5063)."""
         limit = self.config.optim.clip
         if limit and norm > limit:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -290,6 +292,7 @@ class Trainer:
             self.write_record()
 
     def preflight(self) -> None:
+        """Find in seconds what would cost the run; UserError that names the check."""
         batch = next(self.batches.micro_batches(0, 2)).to(self.runtime.device)
         checks = preflight(self.model, self.tokenizer, self.dataset, batch)
         require(checks)
@@ -358,9 +361,11 @@ class Trainer:
         train, before = self.config.train, old.train
         if (train.steps, train.minutes) != (before.steps, before.minutes):
             self.state.stopping = ""
-            self.state.plan = Plan(train.steps) if train.steps and not train.minutes else Plan(UNPLANNED)
+            done = min(0.99, self.state.seconds / (60 * train.minutes)) if train.minutes else 0.0
+            self.state.plan = Plan(train.steps or UNPLANNED, self.state.step if done else 0, done)
 
     def finished(self) -> bool:
+        """Whether to stop before the next step; notes why."""
         state = self.state
         if self.signal:
             return True
@@ -436,6 +441,7 @@ class Trainer:
     # ── saying and keeping ──
 
     def log(self) -> None:
+        """Fill the record of this step: the loss is the mean over all steps since the last log."""
         state, speed = self.state, self.timer.tokens_per_second()
         self.record |= {
             "tokens": state.tokens, "seconds": round(self.seconds(), 3),
@@ -445,9 +451,11 @@ class Trainer:
         }  # fmt: skip
         state.window_loss, state.window_tokens = 0.0, 0
         self.timer.start_window()
-        self.show()
+        if not state.evaluation_due:  # the evaluation will show it
+            self.show()
 
     def show(self) -> None:
+        """Tell the display where the run stands."""
         progress = self.state.plan.progress(self.state.step) if self.state.plan.steps < UNPLANNED else 0.0
         left = (self.state.plan.steps - self.state.step) * self.timer.seconds_per_step()
         eta = left + EVALUATIONS * (1.0 - progress) * self.evaluation_seconds if progress else math.nan
