@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from smalllm.config import UserError
 from smalllm.data.batches import IGNORE, Batches, mix, pack, permute
 
-
 PINNED_MIX = (635286641217458360, 6321771992720037893, 7795324965117060851)
 PINNED_SEQUENCES = [[(498, 10)], [(638, 10)], [(288, 10)], [(578, 10)]]
 
@@ -28,7 +27,7 @@ class Tokens:
         self.documents = 0
 
     def read(self, start: int, count: int) -> np.ndarray:
-        assert 0 <= start and start + count <= self.tokens
+        assert start >= 0 and start + count <= self.tokens
         return np.arange(start, start + count, dtype=np.uint32)
 
 
@@ -70,9 +69,17 @@ def test_every_token_is_a_target_once_per_epoch(tokens: int, context: int, seque
         assert seen == Counter(range(tokens))
 
 
-@given(tokens=st.integers(2, 300), sequences=st.integers(1, 12), micro=st.integers(1, 5), world=st.sampled_from([1, 2, 3, 8]), step=st.integers(0, 40))
+@given(
+    tokens=st.integers(2, 300),
+    sequences=st.integers(1, 12),
+    micro=st.integers(1, 5),
+    world=st.sampled_from([1, 2, 3, 8]),
+    step=st.integers(0, 40),
+)
 @settings(max_examples=80)
-def test_ranks_and_micro_batches_share_a_step_without_overlap(tokens: int, sequences: int, micro: int, world: int, step: int):
+def test_ranks_and_micro_batches_share_a_step_without_overlap(
+    tokens: int, sequences: int, micro: int, world: int, step: int
+):
     batches = Batches(Tokens(tokens), 8, 8 * sequences, seed=1)
     whole = _rows(batches, step, sequences, 0, 1)
     shared = [row for rank in range(world) for row in _rows(batches, step, micro, rank, world)]
@@ -129,7 +136,11 @@ class Documents(Tokens):
             start += length
 
 
-@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=60), context=st.integers(2, 40), sequences=st.integers(1, 5))
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=60),
+    context=st.integers(2, 40),
+    sequences=st.integers(1, 5),
+)
 @settings(max_examples=80)
 def test_packed_rows_hold_each_target_once_and_whole_documents(lengths: list[int], context: int, sequences: int):
     split = Documents(lengths)

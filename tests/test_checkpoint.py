@@ -100,7 +100,9 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_used(name: str, damage: 
     warnings: list[str] = []
     assert folder.choose("latest").step == 1
     assert folder.newest_valid(warnings.append).step == 1  # type: ignore[union-attr]
-    assert len(warnings) == 1 and "step-00000002" in warnings[0] and (tmp_path / "checkpoints/.bad-step-00000002").is_dir()
+    assert (
+        len(warnings) == 1 and "step-00000002" in warnings[0] and (tmp_path / "checkpoints/.bad-step-00000002").is_dir()
+    )
 
 
 def test_every_one_of_300_random_bit_flips_is_detected(tmp_path: Path):
@@ -248,7 +250,17 @@ def reseal(checkpoint: Checkpoint) -> None:
     (checkpoint.path / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{}", '{"files": 3}', '{"files": {"a": []}}', "NaN", '{"version": 99, "step": 1, "files": {"a": {"size": 1, "sha256": "x"}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "{}",
+        '{"files": 3}',
+        '{"files": {"a": []}}',
+        "NaN",
+        '{"version": 99, "step": 1, "files": {"a": {"size": 1, "sha256": "x"}}}',
+    ],
+)
 def test_a_strange_manifest_is_damage_not_a_traceback(text: str, tmp_path: Path):
     checkpoint = filled(tmp_path, [1]).checkpoints()[0]
     (checkpoint.path / "manifest.json").write_text(text)

@@ -42,14 +42,30 @@ def one_json(text: str) -> dict:
 
 
 def test_train_prints_the_contract_and_continues(inside: Path, capsys: pytest.CaptureFixture, dataset_folder: Path):
-    assert run(["train", "quickstart", *TINY, "name=tiny", "train.steps=8", "--data", str(dataset_folder), "--json"]) == 0
+    assert (
+        run(["train", "quickstart", *TINY, "name=tiny", "train.steps=8", "--data", str(dataset_folder), "--json"]) == 0
+    )
     captured = capsys.readouterr()
     result = one_json(captured.out)
-    assert set(result) >= {"run", "step", "tokens", "seconds", "tokens_per_second", "mfu", "train_loss", "valid_loss", "valid_bits_per_byte", "best_step", "stopped_because"}
+    assert set(result) >= {
+        "run",
+        "step",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "mfu",
+        "train_loss",
+        "valid_loss",
+        "valid_bits_per_byte",
+        "best_step",
+        "stopped_because",
+    }
     assert result["step"] == 8 and result["run"] == "runs/tiny" and "resumed from step 6" in captured.err
 
 
-def test_train_for_people_ends_with_a_story_a_plot_and_the_next_step(inside: Path, capsys: pytest.CaptureFixture, dataset_folder: Path):
+def test_train_for_people_ends_with_a_story_a_plot_and_the_next_step(
+    inside: Path, capsys: pytest.CaptureFixture, dataset_folder: Path
+):
     assert run(["train", "quickstart", *TINY, "name=people", "--data", str(dataset_folder)]) == 0
     text = capsys.readouterr().out
     assert "step      2" in text and "tokens/s" in text and "MFU" in text and "bits/byte" in text
@@ -58,7 +74,9 @@ def test_train_for_people_ends_with_a_story_a_plot_and_the_next_step(inside: Pat
     assert Path("runs/people/curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_train_prepares_the_recipes_data_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_train_prepares_the_recipes_data_when_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.chdir(tmp_path)
     assert run(["train", *TINY, "data.source=storyworld:120", "data.vocab_size=400", "--json"]) == 0
     assert (tmp_path / "data/quickstart/manifest.json").exists() and (tmp_path / "runs/quickstart/checkpoints").is_dir()
@@ -66,16 +84,30 @@ def test_train_prepares_the_recipes_data_when_it_is_missing(tmp_path: Path, monk
 
 
 def test_sample_prints_a_line_per_text(inside: Path, capsys: pytest.CaptureFixture):
-    assert run(["sample", "tiny", "--prompt", "One day", "--count", "3", "--max-tokens", "5", "--seed", "1", "--json"]) == 0
+    assert (
+        run(["sample", "tiny", "--prompt", "One day", "--count", "3", "--max-tokens", "5", "--seed", "1", "--json"])
+        == 0
+    )
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 3 and all(set(line) >= {"prompt", "text", "tokens", "finish_reason", "seconds"} for line in lines)
+    assert len(lines) == 3 and all(
+        set(line) >= {"prompt", "text", "tokens", "finish_reason", "seconds"} for line in lines
+    )
     assert all(line["prompt"] == "One day" and line["tokens"] <= 5 for line in lines)
 
 
 def test_evaluate_prints_the_contract(inside: Path, capsys: pytest.CaptureFixture):
     assert run(["evaluate", "tiny", "--stories", "4", "--max-tokens", "20", "--json"]) == 0
     result = one_json(capsys.readouterr().out)
-    assert set(result) >= {"loss", "perplexity", "bits_per_byte", "bits_per_byte_interval", "tokens", "bytes", "documents", "stories"}
+    assert set(result) >= {
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "bits_per_byte_interval",
+        "tokens",
+        "bytes",
+        "documents",
+        "stories",
+    }
     low, high = result["bits_per_byte_interval"]
     assert low < result["bits_per_byte"] < high and result["floor_bits_per_byte"] < result["bits_per_byte"]
 
@@ -83,13 +115,20 @@ def test_evaluate_prints_the_contract(inside: Path, capsys: pytest.CaptureFixtur
 def test_plot_draws_and_prints_the_figures(inside: Path, capsys: pytest.CaptureFixture, tmp_path: Path):
     assert run(["plot", "tiny", "--out", str(tmp_path / "c.svg")]) == 0
     text = capsys.readouterr().out
-    assert "train loss" in text and "bits/byte" in text and (tmp_path / "c.svg").read_text().lstrip().startswith("<?xml")
+    assert (
+        "train loss" in text and "bits/byte" in text and (tmp_path / "c.svg").read_text().lstrip().startswith("<?xml")
+    )
 
 
 def test_doctor_finds_this_machine_healthy(inside: Path, capsys: pytest.CaptureFixture):
     assert run(["doctor", "--json"]) == 0
     result = one_json(capsys.readouterr().out)
-    assert result["healthy"] and {finding["name"] for finding in result["findings"]} >= {"packages", "device", "tiny run", "recipes"}
+    assert result["healthy"] and {finding["name"] for finding in result["findings"]} >= {
+        "packages",
+        "device",
+        "tiny run",
+        "recipes",
+    }
 
 
 def test_doctor_names_what_is_missing(inside: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
@@ -134,15 +173,21 @@ def test_help_lists_the_verbs_without_loading_torch():
         (["chat", "nowhere"], 1, "there is no run at nowhere"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_an_exit_code(arguments: list[str], code: int, sentence: str, inside: Path, capsys: pytest.CaptureFixture):
+def test_a_mistake_is_one_sentence_and_an_exit_code(
+    arguments: list[str], code: int, sentence: str, inside: Path, capsys: pytest.CaptureFixture
+):
     assert run(arguments) == code
     captured = capsys.readouterr()
     assert sentence in captured.err and "Traceback" not in captured.err and captured.out == ""
 
 
-@pytest.mark.parametrize("name", ["\x1b[2Jrun", "[/b]", "a\0b", "-", "x" * 5000, "\u202eevil", "名前", "%2e%2e%2f", "CON", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["\x1b[2Jrun", "[/b]", "a\0b", "-", "x" * 5000, "\u202eevil", "名前", "%2e%2e%2f", "CON", "a\nb"]
+)
 @pytest.mark.parametrize("verb", ["sample", "plot", "evaluate", "train"])
-def test_strange_names_are_refused_without_a_traceback_or_an_escape_code(verb: str, name: str, inside: Path, capsys: pytest.CaptureFixture):
+def test_strange_names_are_refused_without_a_traceback_or_an_escape_code(
+    verb: str, name: str, inside: Path, capsys: pytest.CaptureFixture
+):
     assert run([verb, name]) in (1, 2)
     error = capsys.readouterr().err
     assert "Traceback" not in error and "\x1b" not in error and "\u202e" not in error
@@ -154,7 +199,16 @@ def test_a_reader_that_goes_away_is_no_error(workplace: Path):
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
 
 
-@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}, {"COLUMNS": "1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"HOME": "/nonexistent"}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TERM": "dumb"},
+        {"NO_COLOR": "1"},
+        {"COLUMNS": "1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0"},
+        {"HOME": "/nonexistent"},
+    ],
+)
 def test_strange_terminals_are_survived(environment: dict, workplace: Path):
     done = subprocess.run(
         [sys.executable, "-m", "smalllm", "sample", "tiny", "--max-tokens", "5"], cwd=workplace, stdin=subprocess.DEVNULL,
@@ -163,7 +217,9 @@ def test_strange_terminals_are_survived(environment: dict, workplace: Path):
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"\x1b" not in done.stdout
 
 
-def test_two_trainers_in_one_folder(workplace: Path, dataset_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_two_trainers_in_one_folder(
+    workplace: Path, dataset_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     from smalllm.checkpoint import RunFolder
 
     monkeypatch.chdir(workplace)
@@ -176,7 +232,9 @@ def test_two_trainers_in_one_folder(workplace: Path, dataset_folder: Path, capsy
     assert f"is being trained by process {os.getpid()}" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     (tmp_path / "file").write_text("")
     assert run(["train", "quickstart", *TINY, "--data", str(dataset_folder), "--out", str(tmp_path / "file/run")]) == 1
     error = capsys.readouterr().err
@@ -191,8 +249,12 @@ def test_python_api_completes_streams_and_batches(inside: Path):
     assert isinstance(text, str) and text == model.complete("One day", max_tokens=12, seed=3)
     assert "".join(model.stream("One day", max_tokens=12, seed=3)) == text
     assert model.batch(["One day", "Once"], max_tokens=12, seed=3)[0] == text
-    assert model.story(about="a brave rabbit", max_tokens=4, seed=1).startswith("Once upon a time, there was a brave rabbit.")
-    assert model.complete("One day", max_tokens=12, temperature=0) == model.complete("One day", max_tokens=12, top_k=1, seed=9)
+    assert model.story(about="a brave rabbit", max_tokens=4, seed=1).startswith(
+        "Once upon a time, there was a brave rabbit."
+    )
+    assert model.complete("One day", max_tokens=12, temperature=0) == model.complete(
+        "One day", max_tokens=12, top_k=1, seed=9
+    )
     with pytest.raises(smalllm.UserError):
         model.complete("x", temperature=-1)
     with pytest.raises(TypeError):

@@ -35,7 +35,11 @@ def test_ancestors_keep_their_hyper_parameters():
     for recipe in (big, small):
         assert recipe.model.norm == "layernorm" and recipe.model.activation == "gelu" and recipe.model.tie_embeddings
         assert recipe.optim.betas == (0.9, 0.95) and recipe.optim.weight_decay == 0.1 and recipe.optim.clip == 1.0
-        assert recipe.optim.schedule == "cosine" and recipe.optim.warmup_steps == 2000 and recipe.optim.final_fraction == 0.1
+        assert (
+            recipe.optim.schedule == "cosine"
+            and recipe.optim.warmup_steps == 2000
+            and recipe.optim.final_fraction == 0.1
+        )
         assert recipe.train.batch_tokens == 32 * 8 * recipe.model.context
         assert recipe.train.checkpoint_every == 1000 and recipe.train.patience == 5 and recipe.seed == 42
 
@@ -49,7 +53,9 @@ def test_a_recipe_survives_being_written_and_read(name: str, tmp_path: Path):
 
 
 def test_overrides_are_toml_values_or_plain_strings():
-    config = load_recipe("smolergpt-12m", ["optim.lr=3e-4", "optim.betas=[0.8, 0.99]", "train.device=cpu", "train.recompute=true"])
+    config = load_recipe(
+        "smolergpt-12m", ["optim.lr=3e-4", "optim.betas=[0.8, 0.99]", "train.device=cpu", "train.recompute=true"]
+    )
     assert config.optim.lr == 3e-4 and config.optim.betas == (0.8, 0.99)
     assert config.train.device == "cpu" and config.train.recompute is True
 
@@ -70,7 +76,10 @@ def test_overrides_are_toml_values_or_plain_strings():
         ("model.rope_theta=50000", "model.rope_theta has no effect with model.positions = learned"),
         ("optim.adam_lr=0.1", "optim.adam_lr has no effect with optim.kind = adamw"),
         ("optim.cooldown_fraction=0.5", "optim.cooldown_fraction has no effect with optim.schedule = cosine"),
-        ("train.batch_tokens=1000", "train.batch_tokens = 1000 must be divisible by model.context = 256; try train.batch_tokens=768 or 1024"),
+        (
+            "train.batch_tokens=1000",
+            "train.batch_tokens = 1000 must be divisible by model.context = 256; try train.batch_tokens=768 or 1024",
+        ),
         ("train.micro_batch=999", "train.micro_batch = 999 is more than the 256 sequences of a step"),
         ("train.steps", "'train.steps' is not an override; write section.key=value"),
         ("train.steps=0", "the run would never end"),
@@ -85,7 +94,9 @@ def test_a_wrong_setting_is_one_sentence_with_the_fix(override: str, sentence: s
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[model]\nlayerz = 3", "name = [", "train = 3", "[model]\nwidth = nan", "x = " + "[" * 5000])
+@pytest.mark.parametrize(
+    "text", ["[model]\nlayerz = 3", "name = [", "train = 3", "[model]\nwidth = nan", "x = " + "[" * 5000]
+)
 def test_a_broken_recipe_file_is_a_user_error(text: str, tmp_path: Path):
     path = tmp_path / "broken.toml"
     path.write_text(text)
@@ -108,7 +119,12 @@ def test_no_override_gives_a_traceback(key: str, value: str):
         assert str(error)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda c: st.lists(c) | st.dictionaries(st.text(), c),
+    )
+)
 def test_any_json_is_settings_or_a_user_error(value: object):
     try:
         parse_config({"model": value})  # type: ignore[dict-item]

@@ -76,9 +76,13 @@ def test_a_tracker_that_raises_is_dropped_with_one_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("kind", "package"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
-def test_a_missing_tracker_says_how_to_install_it(kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_tracker_says_how_to_install_it(
+    kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"train.track = {kind} needs a package that is not installed; run: uv sync --extra track"):
+    with pytest.raises(
+        UserError, match=f"train.track = {kind} needs a package that is not installed; run: uv sync --extra track"
+    ):
         Sinks(kind, tmp_path, "run", {}, print)
 
 

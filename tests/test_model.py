@@ -132,7 +132,14 @@ def test_attention_by_rope_depends_on_distance_only():
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
 
     def score(i: int, j: int) -> float:
-        return (apply_rope(q.view(1, 1, 1, 16), cos[i : i + 1], sin[i : i + 1]) * apply_rope(k.view(1, 1, 1, 16), cos[j : j + 1], sin[j : j + 1])).sum().item()
+        return (
+            (
+                apply_rope(q.view(1, 1, 1, 16), cos[i : i + 1], sin[i : i + 1])
+                * apply_rope(k.view(1, 1, 1, 16), cos[j : j + 1], sin[j : j + 1])
+            )
+            .sum()
+            .item()
+        )
 
     assert score(5, 2) == pytest.approx(score(45, 42), abs=1e-4)
     assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-4)
@@ -180,11 +187,15 @@ def as_transformers(model: GPT):  # type: ignore[no-untyped-def]
             theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**wide, rms_norm_eps=1e-5))
         case "starcoder2":
             theirs = transformers.Starcoder2ForCausalLM(
-                transformers.Starcoder2Config(**wide, norm_epsilon=1e-5, use_bias=c.bias, hidden_act="gelu_pytorch_tanh", sliding_window=None)
+                transformers.Starcoder2Config(
+                    **wide, norm_epsilon=1e-5, use_bias=c.bias, hidden_act="gelu_pytorch_tanh", sliding_window=None
+                )
             )
         case "gpt2":
             theirs = transformers.GPT2LMHeadModel(
-                transformers.GPT2Config(**common, n_embd=c.width, n_layer=c.layers, n_head=c.heads, n_positions=c.context)
+                transformers.GPT2Config(
+                    **common, n_embd=c.width, n_layer=c.layers, n_head=c.heads, n_positions=c.context
+                )
             )
     copy_into(theirs, model)
     return theirs.eval()

@@ -70,7 +70,9 @@ def test_gradient_through_the_model_equals_the_plain_one(tied: bool):
         if ours:
             loss = cross_entropy_sum(model, batch)
         else:
-            loss = F.cross_entropy(model(batch.inputs).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            loss = F.cross_entropy(
+                model(batch.inputs).flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -28,7 +28,9 @@ def failed(checks) -> list[str]:  # type: ignore[no-untyped-def]
     return [check.name for check in checks if not check.passed]
 
 
-@pytest.mark.parametrize("shape", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu"}, {"qk_norm": True, "kv_heads": 1}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"positions": "learned", "norm": "layernorm", "activation": "gelu"}, {"qk_norm": True, "kv_heads": 1}]
+)
 def test_a_sound_run_passes_and_the_model_is_left_as_it_was(shape: dict, sound):
     _, tokenizer, dataset, batch = sound
     model = GPT(CONFIG.model_copy(update=shape)).train()

@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 def test_the_cpu_is_right_and_described():
     assert max(hardware.self_test(CPU).values()) < 1e-4
     described = hardware.describe(CPU)
-    assert described["device"] == "cpu" and described["memory_bytes"] > 2**28 and described["torch"] == torch.__version__
+    assert (
+        described["device"] == "cpu" and described["memory_bytes"] > 2**28 and described["torch"] == torch.__version__
+    )
     assert hardware.peak_memory(CPU) > 2**25
     assert hardware.peak_flops(CPU, torch.float32, 128) > 1e8
 
@@ -24,7 +26,9 @@ def test_the_cpu_is_right_and_described():
 def test_a_device_that_computes_nonsense_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda t, shape: t * 0.0)
     original = torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda t, dim: original(t, dim) * (2.0 if t.dtype == torch.float32 else 1.0))
+    monkeypatch.setattr(
+        torch.Tensor, "softmax", lambda t, dim: original(t, dim) * (2.0 if t.dtype == torch.float32 else 1.0)
+    )
     with pytest.raises(UserError, match="computes softmax wrongly"):
         hardware.self_test(CPU)
 
@@ -40,7 +44,9 @@ def test_a_wrong_device_is_one_sentence(wish: str):
     [((torch.bfloat16,), "cpu", "bf16"), ((), "cpu", "fp32"), ((torch.bfloat16, torch.float16), "cuda", "bf16"),
      ((torch.float16,), "cuda", "fp16"), ((torch.float16,), "mps", "fp32")],
 )  # fmt: skip
-def test_precision_follows_what_the_machine_is_good_at(fast: tuple, device: str, precision: str, monkeypatch: pytest.MonkeyPatch):
+def test_precision_follows_what_the_machine_is_good_at(
+    fast: tuple, device: str, precision: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(hardware, "fast_dtypes", lambda device: fast)
     assert pick_precision(torch.device(device), "auto") == precision
     assert pick_precision(CPU, "fp32") == "fp32"

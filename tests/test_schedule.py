@@ -47,7 +47,9 @@ def test_cosine_equals_torch_after_warmup():
         reference.step()
 
 
-@pytest.mark.parametrize(("step", "fraction"), [(0, 0.1), (9, 1.0), (10, 1.0), (49, 1.0), (50, 1.0), (75, 0.5), (99, 0.02)])
+@pytest.mark.parametrize(
+    ("step", "fraction"), [(0, 0.1), (9, 1.0), (10, 1.0), (49, 1.0), (50, 1.0), (75, 0.5), (99, 0.02)]
+)
 def test_wsd_by_hand(step: int, fraction: float):
     assert at(WSD, step, steps=100) == pytest.approx(fraction)
 

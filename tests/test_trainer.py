@@ -62,11 +62,30 @@ def test_a_run_from_beginning_to_end(tiny, tmp_path: Path):
     assert [record["step"] for record in records] == list(range(1, 13))
     assert records[-1]["train_loss"] < records[0]["train_loss"] < 1.1 * math.log(512)
     assert [record["step"] for record in records if "valid_loss" in record] == [4, 8, 12]
-    assert set(records[0]) >= {"step", "tokens", "seconds", "train_loss", "lr", "gradient_norm", "tokens_per_second", "mfu", "memory_bytes"}
+    assert set(records[0]) >= {
+        "step",
+        "tokens",
+        "seconds",
+        "train_loss",
+        "lr",
+        "gradient_norm",
+        "tokens_per_second",
+        "mfu",
+        "memory_bytes",
+    }
     assert records[0]["lr"] == pytest.approx(3e-3 / 2)
     assert [step for step, _, _ in display.stories] == [4, 8, 12]
     assert any("preflight: 7 checks passed" in note for note in display.notes)
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"config.toml", "environment.json", "tokenizer.model", "metrics.jsonl", "samples.jsonl", "best", "latest", "checkpoints"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {
+        "config.toml",
+        "environment.json",
+        "tokenizer.model",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "best",
+        "latest",
+        "checkpoints",
+    }
     assert open_run(tmp_path / "run").step == summary.best_step
     assert summary.floor_bits_per_byte is not None and summary.floor_bits_per_byte < summary.valid_bits_per_byte
 
@@ -167,9 +186,19 @@ print(kills)
 def test_sigkill_at_random_moments_loses_nothing(name: str, dataset_folder: Path, tmp_path: Path):
     """T1 in short: kill -9 whenever, start again until done: weights, optimizer and metrics are those of the straight run."""
     sections = {key: dict(value) for key, value in CONFIGURATIONS[name].items()}
-    sections["train"] = sections.get("train", {}) | {"steps": 60, "checkpoint_every": 5, "evaluate_every": 10, "keep": 2}
+    sections["train"] = sections.get("train", {}) | {
+        "steps": 60,
+        "checkpoint_every": 5,
+        "evaluate_every": 10,
+        "keep": 2,
+    }
     script = KILLER.format(
-        tests=str(Path(__file__).parent), run=str(tmp_path), data=str(dataset_folder), sections=sections, seed=1, kills=8
+        tests=str(Path(__file__).parent),
+        run=str(tmp_path),
+        data=str(dataset_folder),
+        sections=sections,
+        seed=1,
+        kills=8,
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -229,7 +258,9 @@ def test_the_loss_is_the_plain_mean_cross_entropy(tiny, tmp_path: Path):
     trainer = Trainer(tiny(), RunFolder(tmp_path))
     trainer.timer = trainer_module.Throughput(time.monotonic)
     batch = next(trainer.batches.micro_batches(0, 8))
-    expected = torch.nn.functional.cross_entropy(trainer.model(batch.inputs).flatten(0, 1), batch.targets.flatten(), ignore_index=-100)
+    expected = torch.nn.functional.cross_entropy(
+        trainer.model(batch.inputs).flatten(0, 1), batch.targets.flatten(), ignore_index=-100
+    )
     assert trainer.accumulate(trainer.batches.tokens(0)) == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -268,12 +299,17 @@ def test_clipping_scales_the_whole_gradient_to_the_limit(tiny, tmp_path: Path):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_what_is_not_finite_never_reaches_the_weights(poison: float, where: str, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_not_finite_never_reaches_the_weights(
+    poison: float, where: str, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     display = Recorder()
     trainer = Trainer(tiny(), RunFolder(tmp_path), display=display)
     trainer.timer = trainer_module.Throughput(time.monotonic)
     trainer.step()
-    before = {name: tensor.clone() for name, tensor in (trainer.model.state_dict() | trainer.optimizer.state_tensors()).items()}
+    before = {
+        name: tensor.clone()
+        for name, tensor in (trainer.model.state_dict() | trainer.optimizer.state_tensors()).items()
+    }
     original = trainer.accumulate
 
     def poisoned(tokens: int) -> float:
@@ -331,7 +367,9 @@ def test_the_scale_is_saved_and_restored(tiny, tmp_path: Path):
 
 def test_early_stopping_says_why_and_which_is_best(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bits = iter([3.0, 2.0, 2.5, 2.4, 2.2, 2.1])
-    summary, notes = run_with_bits(tiny(train={"steps": 100, "evaluate_every": 2, "patience": 3}), tmp_path, bits, monkeypatch)
+    summary, notes = run_with_bits(
+        tiny(train={"steps": 100, "evaluate_every": 2, "patience": 3}), tmp_path, bits, monkeypatch
+    )
     assert summary.stopped_because == "patience" and summary.step == 10 and summary.best_step == 4
     assert any("no gain in 3 evaluations" in note and "best checkpoint is step 4" in note for note in notes)
     assert open_run(tmp_path, "best").step == 4 and open_run(tmp_path, "latest").step == 10
@@ -339,7 +377,10 @@ def test_early_stopping_says_why_and_which_is_best(tiny, tmp_path: Path, monkeyp
 
 def test_early_stopping_finishes_the_cooldown(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """WSD without gain at step 6: the cooldown (half of a run) begins now and lasts as long as what was before it."""
-    config = tiny(train={"steps": 1000, "evaluate_every": 2, "patience": 2}, optim={"schedule": "wsd", "cooldown_fraction": 0.5, "lr": 1e-3})
+    config = tiny(
+        train={"steps": 1000, "evaluate_every": 2, "patience": 2},
+        optim={"schedule": "wsd", "cooldown_fraction": 0.5, "lr": 1e-3},
+    )
     summary, _ = run_with_bits(config, tmp_path, iter([2.0] + [3.0] * 50), monkeypatch)
     rates = [record["lr"] for record in read_records(tmp_path / "metrics.jsonl")]
     assert summary.stopped_because == "patience" and summary.step == 12
@@ -374,7 +415,9 @@ def test_a_time_budget_is_kept_within_five_percent(speed: float, tiny, tmp_path:
     """The clock is ours: a step takes ``speed`` seconds, the first ten times that; scoring a token costs 0.4 of training on it,
     and a story half a second."""
     clock = SteppedClock()
-    trainer = Trainer(tiny(train={"steps": 0, "minutes": 1.0, "evaluate_every": 0, "log_every": 50}), RunFolder(tmp_path), clock=clock)
+    trainer = Trainer(
+        tiny(train={"steps": 0, "minutes": 1.0, "evaluate_every": 0, "log_every": 50}), RunFolder(tmp_path), clock=clock
+    )
     original_step, original_sample, original_evaluate = trainer.step, trainer.sample, trainer.evaluate
 
     def step() -> None:
@@ -445,7 +488,9 @@ def test_other_data_is_refused(tiny, tmp_path: Path):
 
 
 def test_a_recipe_that_insists_on_another_vocabulary_is_refused(tiny, tmp_path: Path):
-    with pytest.raises(UserError, match="model.vocab_size = 4096 but the data in .* has 512 pieces; set model.vocab_size=512"):
+    with pytest.raises(
+        UserError, match="model.vocab_size = 4096 but the data in .* has 512 pieces; set model.vocab_size=512"
+    ):
         train(tiny(model={"vocab_size": 4096}), tmp_path)
 
 
@@ -493,7 +538,9 @@ def test_a_full_disk_at_the_end_is_an_error(tiny, tmp_path: Path, monkeypatch: p
         train(tiny(), tmp_path)
 
 
-def test_out_of_memory_halves_the_micro_batch_without_losing_the_step(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_out_of_memory_halves_the_micro_batch_without_losing_the_step(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     train(tiny(), tmp_path / "straight")
     original = Trainer._accumulate
 
@@ -508,7 +555,9 @@ def test_out_of_memory_halves_the_micro_batch_without_losing_the_step(tiny, tmp_
     train(tiny(), tmp_path / "tight", display=display)
     assert [note for note in display.notes if "out of memory" in note] == [
         f"out of memory: going on with train.micro_batch={size} (the same mathematics)" for size in (4, 2)]  # fmt: skip
-    straight, halved = ([r["train_loss"] for r in read_records(tmp_path / name / "metrics.jsonl")] for name in ("straight", "tight"))
+    straight, halved = (
+        [r["train_loss"] for r in read_records(tmp_path / name / "metrics.jsonl")] for name in ("straight", "tight")
+    )
     assert halved == pytest.approx(straight, rel=1e-4)
 
 

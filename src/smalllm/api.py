@@ -1,9 +1,9 @@
 """The Python API: the verbs as functions, and a trained model that completes text.
 
-    model = smalllm.load("runs/quickstart")
-    print(model.complete("Once upon a time", max_tokens=120, seed=1))
-    for piece in model.stream("One day"):
-        print(piece, end="")
+model = smalllm.load("runs/quickstart")
+print(model.complete("Once upon a time", max_tokens=120, seed=1))
+for piece in model.stream("One day"):
+    print(piece, end="")
 """
 
 from __future__ import annotations
@@ -32,17 +32,23 @@ class StoryTeller:
         """Training steps of the checkpoint."""
         return self.run.step
 
-    def complete(self, prompt: str = "Once upon a time", max_tokens: int = 200, temperature: float = 0.8, **options: object) -> str:
+    def complete(
+        self, prompt: str = "Once upon a time", max_tokens: int = 200, temperature: float = 0.8, **options: object
+    ) -> str:
         """Text that continues the prompt. ``options`` are the fields of SamplingParams: top_k, top_p, min_p,
         repetition_penalty, no_repeat_ngram, stop, seed. UserError for values out of range."""
         return self.generator.complete(prompt, _params(max_tokens, temperature, options)).text
 
-    def stream(self, prompt: str = "Once upon a time", max_tokens: int = 200, temperature: float = 0.8, **options: object) -> Iterator[str]:
+    def stream(
+        self, prompt: str = "Once upon a time", max_tokens: int = 200, temperature: float = 0.8, **options: object
+    ) -> Iterator[str]:
         """The same in pieces of whole characters, as they are decided."""
         for chunk in self.generator.stream(prompt, _params(max_tokens, temperature, options)):
             yield chunk.text
 
-    def batch(self, prompts: Sequence[str], max_tokens: int = 200, temperature: float = 0.8, **options: object) -> list[str]:
+    def batch(
+        self, prompts: Sequence[str], max_tokens: int = 200, temperature: float = 0.8, **options: object
+    ) -> list[str]:
         """A continuation for each prompt, decoded together; a text does not depend on its neighbours."""
         return [done.text for done in self.generator.batch(prompts, _params(max_tokens, temperature, options))]
 
@@ -62,13 +68,19 @@ def load(run: str | Path | None = None, checkpoint: str = "best", device: str = 
 
 
 def train(
-    recipe: str | Path = "quickstart", overrides: Iterable[str] = (), *, out: str | Path | None = None, fresh: bool = False
+    recipe: str | Path = "quickstart",
+    overrides: Iterable[str] = (),
+    *,
+    out: str | Path | None = None,
+    fresh: bool = False,
 ) -> Summary:
     """Train a recipe with ``section.key=value`` overrides, or continue its run; returns how it went."""
     return train_run(load_recipe(recipe, overrides), Path(out) if out else None, fresh=fresh)
 
 
-def evaluate(run: str | Path | None = None, text: str | None = None, checkpoint: str = "best", stories: int = 0) -> dict[str, Any]:
+def evaluate(
+    run: str | Path | None = None, text: str | None = None, checkpoint: str = "best", stories: int = 0
+) -> dict[str, Any]:
     """What ``smalllm evaluate --json`` prints. ``text`` is a source of documents such as a file; left out, the validation
     documents of the run's data."""
     return evaluate_run(open_run(run, checkpoint), text=text, stories=stories)

@@ -320,7 +320,9 @@ class RunFolder:
             data = make()
             records[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             self.files.write(folder / name, data)
-        self.files.write(folder / "manifest.json", _json({"version": MANIFEST_VERSION, "step": snapshot.step, "files": records}))
+        self.files.write(
+            folder / "manifest.json", _json({"version": MANIFEST_VERSION, "step": snapshot.step, "files": records})
+        )
         self.files.sync_folder(folder)
 
     def mark_best(self, step: int) -> None:
@@ -382,7 +384,9 @@ def find_run(target: str | Path | None = None, runs: Path = Path("runs")) -> tup
 
 
 def open_run(
-    target: str | Path | None = None, which: str = "best", device: torch.device | str = "cpu",
+    target: str | Path | None = None,
+    which: str = "best",
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LoadedRun:
     """Load model and tokenizer of a run for sampling; also while it trains (a pruned checkpoint is retried once)."""
@@ -403,7 +407,9 @@ def open_run(
         )
     expected = checkpoint.state().get("tokenizer_fingerprint")
     if expected is not None and expected != tokenizer.fingerprint:
-        raise UserError(f"{folder.tokenizer_file} is the tokenizer of another run (its fingerprint differs); copy the right one there")
+        raise UserError(
+            f"{folder.tokenizer_file} is the tokenizer of another run (its fingerprint differs); copy the right one there"
+        )
     return LoadedRun(folder, checkpoint, model, tokenizer)
 
 
@@ -420,7 +426,10 @@ def _newest_run(runs: Path) -> Path:
 
 
 def _run_names(runs: Path) -> str:
-    return ", ".join(sorted(path.parent.name for path in runs.glob("*/config.toml"))) or "none (train one with: smalllm train)"
+    return (
+        ", ".join(sorted(path.parent.name for path in runs.glob("*/config.toml")))
+        or "none (train one with: smalllm train)"
+    )
 
 
 def _at_step(found: list[Checkpoint], which: str, path: Path) -> Checkpoint:

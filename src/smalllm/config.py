@@ -88,9 +88,11 @@ class ModelConfig(Section):
                 if self.bias:
                     raise ValueError("model.bias = true exports nowhere with rmsnorm + swiglu; set model.bias=false")
                 return "qwen3" if self.qk_norm else "llama"
-            case ("rope" | "learned"), "layernorm", "gelu":
+            case (("rope" | "learned"), "layernorm", "gelu"):
                 if self.qk_norm:
-                    raise ValueError("model.qk_norm exports only with norm = rmsnorm, activation = swiglu, positions = rope")
+                    raise ValueError(
+                        "model.qk_norm exports only with norm = rmsnorm, activation = swiglu, positions = rope"
+                    )
                 if self.positions == "rope":
                     return "starcoder2"
                 if self.key_value_heads != self.heads:
@@ -106,8 +108,12 @@ class DataConfig(Section):
     """Where the tokens come from. ``path`` is a prepared folder; when it is missing, ``source`` is prepared into it."""
 
     path: str = Field("", description="folder of prepared data; empty: data/<name of the recipe>")
-    source: str = Field("", description="storyworld[:STORIES], tinystories, hf://..., or files; prepared when path is missing")
-    valid: str = Field("", description="source of the validation documents; empty: the source's own, else a fraction is split off")
+    source: str = Field(
+        "", description="storyworld[:STORIES], tinystories, hf://..., or files; prepared when path is missing"
+    )
+    valid: str = Field(
+        "", description="source of the validation documents; empty: the source's own, else a fraction is split off"
+    )
     vocab_size: int = Field(4096, ge=260, le=1_048_576, description="pieces of the tokenizer that is trained")
     limit: int = Field(0, ge=0, description="documents at most; 0: all")
     sample_rate: float = Field(1.0, gt=0.0, le=1.0, description="share of the documents that is kept")
@@ -121,13 +127,17 @@ class OptimConfig(Section):
     """Optimizer and learning-rate schedule. With muon, ``lr`` is for the matrices of the blocks and ``adam_lr``
     (AdamW) for embeddings, norms and biases."""
 
-    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices of the blocks, with adamw for the rest")
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices of the blocks, with adamw for the rest"
+    )
     lr: float = Field(1e-3, gt=0.0, le=10.0, description="peak learning rate")
     adam_lr: float | None = Field(None, gt=0.0, le=10.0, description="with muon: that of adamw; default 0.2 x lr")
     betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw")
     weight_decay: float = Field(0.1, ge=0.0, lt=10.0, description="on matrices only")
     clip: float = Field(1.0, ge=0.0, description="largest gradient norm; 0: no clipping")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="after warmup; wsd: stable, then a linear cooldown")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after warmup; wsd: stable, then a linear cooldown"
+    )
     warmup_steps: int = Field(100, ge=0, description="steps of linear warmup")
     final_lr_fraction: float | None = Field(None, ge=0.0, le=1.0, description="default 0.1 for cosine, 0 for wsd")
     cooldown_fraction: float | None = Field(None, gt=0.0, le=1.0, description="wsd: share of the run that cools down")
@@ -137,7 +147,9 @@ class OptimConfig(Section):
         if self.kind == "adamw" and self.adam_lr is not None:
             raise ValueError("optim.adam_lr has no effect with optim.kind = adamw; set optim.lr, or optim.kind=muon")
         if self.schedule != "wsd" and self.cooldown_fraction is not None:
-            raise ValueError(f"optim.cooldown_fraction has no effect with optim.schedule = {self.schedule}; use schedule=wsd")
+            raise ValueError(
+                f"optim.cooldown_fraction has no effect with optim.schedule = {self.schedule}; use schedule=wsd"
+            )
         if self.schedule == "constant" and self.final_lr_fraction is not None:
             raise ValueError("optim.final_lr_fraction has no effect with optim.schedule = constant; leave it out")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -163,21 +175,31 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The loop. A run ends at ``steps`` or after ``minutes``, whichever comes first."""
 
-    steps: int = Field(0, ge=0, le=1_000_000_000, description="optimizer steps at most; 0: as many as the minutes allow")
+    steps: int = Field(
+        0, ge=0, le=1_000_000_000, description="optimizer steps at most; 0: as many as the minutes allow"
+    )
     minutes: float = Field(0.0, ge=0.0, le=1e6, description="wall-clock budget; 0: none")
     batch_tokens: int = Field(16_384, ge=1, description="tokens per optimizer step, over all ranks")
     micro_batch: int = Field(0, ge=0, description="sequences per forward pass; 0: chosen for this machine")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of matrix products; auto: what this device does fastest")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of matrix products; auto: what this device does fastest"
+    )
     recompute: bool = Field(False, description="activation checkpointing: recompute blocks in the backward pass")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: where it pays")
     parallel: Literal["ddp"] = Field("ddp", description="how ranks share a step; one rank in this version")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     evaluate_every: int = Field(0, ge=0, description="steps; 0: ten times a run")
-    evaluate_tokens: int = Field(0, ge=0, description="validation tokens per evaluation; 0: what 2 % of the time allows")
-    checkpoint_every: int = Field(0, ge=0, description="steps, besides those of the evaluations, before which one is always written; 0: no others")
+    evaluate_tokens: int = Field(
+        0, ge=0, description="validation tokens per evaluation; 0: what 2 % of the time allows"
+    )
+    checkpoint_every: int = Field(
+        0, ge=0, description="steps, besides those of the evaluations, before which one is always written; 0: no others"
+    )
     keep: int = Field(3, ge=1, description="checkpoints kept besides the best")
     patience: int = Field(0, ge=0, description="evaluations without improvement before stopping; 0: never")
-    memory_gb: float = Field(0.0, ge=0.0, description="memory budget for choosing micro_batch; 0: half of the device's memory")
+    memory_gb: float = Field(
+        0.0, ge=0.0, description="memory budget for choosing micro_batch; 0: half of the device's memory"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     sample_prompt: str = Field("Once upon a time", description="prompt of the sample story at each evaluation")
     sample_tokens: int = Field(120, ge=0, description="length of that story; 0: none")
@@ -204,7 +226,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         if self.train.batch_tokens % self.model.context:
-            raise ValueError(_divide("train.batch_tokens", self.train.batch_tokens, "model.context", self.model.context))
+            raise ValueError(
+                _divide("train.batch_tokens", self.train.batch_tokens, "model.context", self.model.context)
+            )
         sequences = self.train.batch_tokens // self.model.context
         if self.train.micro_batch > sequences:
             raise ValueError(
@@ -261,11 +285,15 @@ def _read_toml(recipe: str | Path) -> dict[str, Any]:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UserError(f"recipe {path}: {reason}; give a readable TOML file or one of {_listed(recipe_names())}") from None
+            raise UserError(
+                f"recipe {path}: {reason}; give a readable TOML file or one of {_listed(recipe_names())}"
+            ) from None
     elif (name := str(recipe)) in recipe_names():
         text = (resources.files("smalllm") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     else:
-        raise UserError(f"no recipe is called {name!r}{_nearest(name, recipe_names())}; the recipes are {_listed(recipe_names())}")
+        raise UserError(
+            f"no recipe is called {name!r}{_nearest(name, recipe_names())}; the recipes are {_listed(recipe_names())}"
+        )
     try:
         settings = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

@@ -26,7 +26,9 @@ def pick_device(wish: str = "auto") -> torch.device:
         raise UserError(f"device = {wish} is not one of auto, cpu, mps, cuda, cuda:N")
     device = torch.device(wish)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device = {wish}: PyTorch sees no such GPU here; use device=cpu, or install a CUDA build of torch")
+        raise UserError(
+            f"device = {wish}: PyTorch sees no such GPU here; use device=cpu, or install a CUDA build of torch"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device = {wish}: there is no Apple GPU here; use device=cpu")
     return device
@@ -106,7 +108,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 0) -> float
 def fast_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """Number formats that are right and faster than float32 here, found by trying, never assumed."""
     if device.type == "cuda":
-        return (torch.bfloat16, torch.float16) if torch.cuda.is_bf16_supported(including_emulation=False) else (torch.float16,)
+        return (
+            (torch.bfloat16, torch.float16)
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else (torch.float16,)
+        )
     if device.type == "mps":
         return (torch.float16,)
     right = _product_error(device, torch.bfloat16) < 0.05
@@ -127,13 +133,20 @@ def _product_error(device: torch.device, dtype: torch.dtype) -> float:
 
 def self_test(device: torch.device) -> dict[str, float]:
     """Errors of basic operations against float64 on the CPU; UserError when the device computes nonsense."""
-    errors = {"matmul_fp32": _product_error(device, torch.float32) if device.type != "mps" else _mps_product_error(device)}
+    errors = {
+        "matmul_fp32": _product_error(device, torch.float32) if device.type != "mps" else _mps_product_error(device)
+    }
     x = torch.linspace(-8, 8, 512).view(8, 64)
-    for name, function in (("softmax", lambda t: t.softmax(-1)), ("layer_norm", lambda t: torch.nn.functional.layer_norm(t, (64,)))):
+    for name, function in (
+        ("softmax", lambda t: t.softmax(-1)),
+        ("layer_norm", lambda t: torch.nn.functional.layer_norm(t, (64,))),
+    ):
         errors[name] = (function(x.to(device)).double().cpu() - function(x.double())).abs().max().item()
     for name, error in errors.items():
         if not error < 1e-2:
-            raise UserError(f"{device_name(device)} computes {name} wrongly (error {error:.2g}); use device=cpu, and update its driver")
+            raise UserError(
+                f"{device_name(device)} computes {name} wrongly (error {error:.2g}); use device=cpu, and update its driver"
+            )
     return errors
 
 

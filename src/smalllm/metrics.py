@@ -46,9 +46,8 @@ class MetricsLog:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        clean = {key: _finite(value) for key, value in record.items()}
         with open(self.path, "ab") as file:
-            file.write((json.dumps(clean, allow_nan=False) + "\n").encode())
+            file.write((json.dumps(json_safe(record), allow_nan=False) + "\n").encode())
 
     def rewind(self, step: int) -> None:
         """Keep the records up to and including ``step``; a torn last line goes as well."""
@@ -78,9 +77,11 @@ def read_records(path: Path) -> Iterator[Record]:
             yield record
 
 
-def _finite(value: Any) -> Any:
+def json_safe(record: Mapping[str, Any]) -> Record:
     """JSON has no NaN and no infinity; both become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
 
 
 def model_flops_utilization(tokens_per_second: float, flops_per_token: int, peak_flops: float) -> float:
@@ -139,7 +140,9 @@ class Throughput:
 class Sinks:
     """Optional trackers. Loaded only when asked for; one that fails is dropped with one line and never stops training."""
 
-    def __init__(self, kind: str, folder: Path, name: str, settings: Mapping[str, Any], note: Callable[[str], None]) -> None:
+    def __init__(
+        self, kind: str, folder: Path, name: str, settings: Mapping[str, Any], note: Callable[[str], None]
+    ) -> None:
         self.note = note
         self.writers: list[tuple[str, Callable[[Record], None]]] = []
         if kind == "tensorboard":
@@ -151,7 +154,9 @@ class Sinks:
         try:
             self.writers.append((kind, open_writer()))
         except ImportError:
-            raise UserError(f"train.track = {kind} needs a package that is not installed; run: uv sync --extra track") from None
+            raise UserError(
+                f"train.track = {kind} needs a package that is not installed; run: uv sync --extra track"
+            ) from None
         except Exception as error:  # a tracker may raise anything; training goes on without it
             self.note(f"{kind} is off: {error}")
 
@@ -166,7 +171,7 @@ class Sinks:
 
 
 def _tensorboard(folder: Path) -> Callable[[Record], None]:
-    from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
+    from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"))
 

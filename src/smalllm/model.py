@@ -58,8 +58,13 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, *, capacity: int | None = None,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        self,
+        config: ModelConfig,
+        batch: int,
+        *,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.capacity = min(capacity or config.context, config.context)
         shape = (config.layers, batch, config.key_value_heads, self.capacity, config.head_width)
@@ -105,13 +110,19 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, self.head_width) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_width) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions: Tensor | None
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.project(x, rope)
         if cache is not None and positions is not None:
             fresh = cache.extent == 0
             keys, values = cache.write(self.layer, positions, k, v)
-            y = self.attend(q, k, v, None) if fresh else self.attend(q, keys, values, _visible(positions, keys.shape[2]))
+            y = (
+                self.attend(q, k, v, None)
+                if fresh
+                else self.attend(q, keys, values, _visible(positions, keys.shape[2]))
+            )
         else:
             y = self.attend(q, k, v, None)
         return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
@@ -193,7 +204,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, cache, positions)
         return x + self.mlp(self.mlp_norm(x))
@@ -236,18 +251,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Normal weights; output projections zero, so that every block starts as the identity (Zhang et al., Fixup,
-        arXiv 1901.09321). A tied embedding is small enough that a token does not predict itself: the first loss
-        is ln(vocab_size) within 2 %."""
+        """Output projections are zero, so that every block starts as the identity (Zhang et al., Fixup, arXiv 1901.09321).
+
+        The first loss is ln(vocab_size) within 2 %: an untied head is zero, and a tied embedding so small that a token does
+        not predict itself. An untied embedding has unit scale: tokens stay readable in the residual stream beside what the
+        blocks add to it, and copying a name from the beginning of a story is learned many times sooner (docs/log.md)."""
         for name, parameter in self.named_parameters():
+            nn.init.normal_(parameter, std=self.config.width**-0.5)
             if parameter.dim() == 1:
                 nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
-            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+            elif name.endswith(("attention.out.weight", "mlp.down.weight", "head.weight")):
                 nn.init.zeros_(parameter)
-            elif name.startswith(("embedding", "head")):
-                nn.init.normal_(parameter, std=min(0.02, 4.0 / self.config.width))
-            else:
-                nn.init.normal_(parameter, std=0.02 if name.startswith("position") else self.config.width**-0.5)
+            elif name == "embedding.weight":
+                nn.init.normal_(
+                    parameter, std=min(0.02, 4.0 / self.config.width) if self.config.tie_embeddings else 1.0
+                )
+            elif name == "position_embedding.weight":
+                nn.init.normal_(parameter, std=0.02 if self.config.tie_embeddings else 0.3)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normed residual stream [B, T, C] that the head reads. With a cache, ids continue what it holds."""
@@ -258,7 +278,9 @@ class GPT(nn.Module):
             positions = where = cache.positions(ids.shape[1])
             end = cache.extent + ids.shape[1]
         if end > (cache.capacity if cache else self.config.context):
-            raise ValueError(f"{end} positions do not fit into a context of {cache.capacity if cache else self.config.context}")
+            raise ValueError(
+                f"{end} positions do not fit into a context of {cache.capacity if cache else self.config.context}"
+            )
         x = self.embedding(ids)
         if self.position_embedding is not None:
             x = x + self.position_embedding(where)

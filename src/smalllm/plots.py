@@ -49,7 +49,11 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
                 ha="center", fontsize=8, color=colour,
             )  # fmt: skip
         lr_axes.plot(*series(records, "lr"), color=colour, linewidth=1.2)
-    for axes, title in ((loss_axes, "training loss (nats per token)"), (bits_axes, "validation (bits per byte)"), (lr_axes, "learning rate")):
+    for axes, title in (
+        (loss_axes, "training loss (nats per token)"),
+        (bits_axes, "validation (bits per byte)"),
+        (lr_axes, "learning rate"),
+    ):
         _style(axes, title)
     if len(runs) > 1:
         loss_axes.legend(frameon=False, fontsize=8)
@@ -72,8 +76,13 @@ def table(run: Path, rows: int = 12) -> str:
     """The figures of a run as text: about ``rows`` lines, the evaluations first of all."""
     records = read_run(run)
     chosen = [record for record in records if "valid_bits_per_byte" in record] or records
-    chosen = chosen[:: max(1, len(chosen) // rows)] + ([chosen[-1]] if (len(chosen) - 1) % max(1, len(chosen) // rows) else [])
-    lines = [f"{run.name}", f"{'step':>8} {'tokens':>12} {'train loss':>10} {'valid loss':>10} {'bits/byte':>9} {'lr':>9} {'tokens/s':>9}"]
+    chosen = chosen[:: max(1, len(chosen) // rows)] + (
+        [chosen[-1]] if (len(chosen) - 1) % max(1, len(chosen) // rows) else []
+    )
+    lines = [
+        f"{run.name}",
+        f"{'step':>8} {'tokens':>12} {'train loss':>10} {'valid loss':>10} {'bits/byte':>9} {'lr':>9} {'tokens/s':>9}",
+    ]
     for record in chosen:
         lines.append(
             f"{record['step']:>8} {_cell(record, 'tokens', '12d')} {_cell(record, 'train_loss', '10.4f')}"

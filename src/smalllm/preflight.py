@@ -46,7 +46,9 @@ def require(checks: list[Check]) -> None:
     """UserError that names the first check that failed."""
     for check in checks:
         if not check.passed:
-            raise UserError(f"preflight check failed: {check.name} ({check.detail}); mend it, or skip with train.preflight=false")
+            raise UserError(
+                f"preflight check failed: {check.name} ({check.detail}); mend it, or skip with train.preflight=false"
+            )
 
 
 def _checks(model: GPT, tokenizer: Tokenizer, dataset: TokenDataset, batch: Batch) -> Iterator[Check]:
@@ -67,8 +69,15 @@ def special_ids(model: GPT, tokenizer: Tokenizer, dataset: TokenDataset) -> Chec
         and (manifest.bos_id, manifest.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
         and manifest.vocab_size == tokenizer.vocab_size == model.config.vocab_size
     )
-    ends = dataset.train.read(0, 1)[0] == tokenizer.bos_id and dataset.train.read(dataset.train.tokens - 1, 1)[0] == tokenizer.eos_id
-    return Check("tokenizer of data and model are one", bool(equal and ends), f"{tokenizer.vocab_size} pieces, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}")
+    ends = (
+        dataset.train.read(0, 1)[0] == tokenizer.bos_id
+        and dataset.train.read(dataset.train.tokens - 1, 1)[0] == tokenizer.eos_id
+    )
+    return Check(
+        "tokenizer of data and model are one",
+        bool(equal and ends),
+        f"{tokenizer.vocab_size} pieces, bos {tokenizer.bos_id}, eos {tokenizer.eos_id}",
+    )
 
 
 def round_trip(tokenizer: Tokenizer, dataset: TokenDataset) -> Check:
@@ -83,7 +92,11 @@ def round_trip(tokenizer: Tokenizer, dataset: TokenDataset) -> Check:
 def ids_in_range(model: GPT, batch: Batch) -> Check:
     """No id of the first batch lies outside the model's vocabulary; none is ever clamped."""
     highest = int(max(batch.inputs.max(), batch.targets.max()))
-    return Check("ids lie in the vocabulary", highest < model.config.vocab_size, f"highest {highest} of {model.config.vocab_size}")
+    return Check(
+        "ids lie in the vocabulary",
+        highest < model.config.vocab_size,
+        f"highest {highest} of {model.config.vocab_size}",
+    )
 
 
 @torch.no_grad()
@@ -103,7 +116,9 @@ def causality(model: GPT, batch: Batch) -> Check:
     stirred = _stirred(model)
     difference = (stirred(ids) - stirred(changed)).abs().amax(dim=(0, 2))
     earlier, own = difference[:middle].max().item(), difference[middle:].max().item()
-    return Check("no logit sees the future", earlier < 1e-4 < own, f"earlier logits move by {earlier:.1g}, later by {own:.1g}")
+    return Check(
+        "no logit sees the future", earlier < 1e-4 < own, f"earlier logits move by {earlier:.1g}, later by {own:.1g}"
+    )
 
 
 @torch.no_grad()

@@ -64,9 +64,17 @@ def pick_precision(device: torch.device, wish: str) -> Precision:
     fast = hardware.fast_dtypes(device)
     match wish:
         case "auto":
-            return "bf16" if torch.bfloat16 in fast else "fp16" if torch.float16 in fast and device.type == "cuda" else "fp32"
+            return (
+                "bf16"
+                if torch.bfloat16 in fast
+                else "fp16"
+                if torch.float16 in fast and device.type == "cuda"
+                else "fp32"
+            )
         case "bf16" if device.type == "cuda" and torch.bfloat16 not in fast:
-            raise UserError(f"train.precision = bf16: {hardware.device_name(device)} has no bf16; use precision=fp16 or auto")
+            raise UserError(
+                f"train.precision = bf16: {hardware.device_name(device)} has no bf16; use precision=fp16 or auto"
+            )
         case "fp32" | "bf16" | "fp16":
             return wish
     raise UserError(f"train.precision = {wish} is not one of auto, fp32, bf16, fp16")

@@ -92,9 +92,18 @@ def formats() -> Iterator[Finding]:
     import torch
 
     chosen = hardware.pick_device()
-    fast = ", ".join(str(dtype).removeprefix("torch.") for dtype in hardware.fast_dtypes(chosen)) or "none besides float32"
-    peaks = {name: hardware.peak_flops(chosen, dtype) / 1e9 for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-    yield Finding("number formats", True, f"fast: {fast}; " + ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in peaks.items()))
+    fast = (
+        ", ".join(str(dtype).removeprefix("torch.") for dtype in hardware.fast_dtypes(chosen)) or "none besides float32"
+    )
+    peaks = {
+        name: hardware.peak_flops(chosen, dtype) / 1e9
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    yield Finding(
+        "number formats",
+        True,
+        f"fast: {fast}; " + ", ".join(f"{name} {peak:.0f} GFLOP/s" for name, peak in peaks.items()),
+    )
 
 
 def compiler() -> Iterator[Finding]:
@@ -107,8 +116,14 @@ def disk() -> Iterator[Finding]:
     """Room for checkpoints in the current folder."""
     free = shutil.disk_usage(Path.cwd()).free
     writable = os.access(Path.cwd(), os.W_OK)
-    detail = f"{free / 2**30:.1f} GiB free here" if writable else f"{Path.cwd()} cannot be written; change to a folder of yours"
-    yield Finding("disk", writable and free > 2**30, detail if free > 2**30 or not writable else f"{detail}: too little to train")
+    detail = (
+        f"{free / 2**30:.1f} GiB free here"
+        if writable
+        else f"{Path.cwd()} cannot be written; change to a folder of yours"
+    )
+    yield Finding(
+        "disk", writable and free > 2**30, detail if free > 2**30 or not writable else f"{detail}: too little to train"
+    )
 
 
 def recipes() -> Iterator[Finding]:
@@ -137,4 +152,8 @@ def tiny_run() -> Iterator[Finding]:
         text = Generator(run.model, run.tokenizer).complete("Once", SamplingParams(max_tokens=8, temperature=0)).text
         if second.step != 12 or not text:
             raise UserError("a tiny run did not resume or told nothing")
-        yield Finding("tiny run", True, f"loss {first.valid_loss:.2f} -> {second.valid_loss:.2f}, resumed, told {len(text)} characters")
+        yield Finding(
+            "tiny run",
+            True,
+            f"loss {first.valid_loss:.2f} -> {second.valid_loss:.2f}, resumed, told {len(text)} characters",
+        )

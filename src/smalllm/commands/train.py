@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from smalllm.config import RunConfig, UserError, load_recipe
 from smalllm.data.prepare import PrepareProgress
-from smalllm.metrics import Record
+from smalllm.metrics import Record, json_safe
 from smalllm.terminal import plain
 from smalllm.training.trainer import Summary
 from smalllm.training.trainer import train as train_run
@@ -61,7 +61,7 @@ def train(
     finally:
         display.close()
     if json_output:
-        print(json.dumps(_json(summary)))
+        print(json.dumps(json_safe(dataclasses.asdict(summary))))
     else:
         closing(console, summary)
     return {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}.get(summary.stopped_because, 0)
@@ -86,11 +86,6 @@ def _given(**options: object) -> list[str]:
     return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def _json(summary: Summary) -> dict[str, Any]:
-    values = dataclasses.asdict(summary)
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-
-
 class Lines:
     """Plain lines, for logs and pipes."""
 
@@ -110,11 +105,15 @@ class Lines:
 
     def remembered(self, record: Record) -> Record:
         """The record with the bits per byte of the last evaluation."""
-        self.bits = {"valid_bits_per_byte": record["valid_bits_per_byte"]} if "valid_bits_per_byte" in record else self.bits
+        self.bits = (
+            {"valid_bits_per_byte": record["valid_bits_per_byte"]} if "valid_bits_per_byte" in record else self.bits
+        )
         return self.bits | record
 
     def story(self, step: int, prompt: str, text: str) -> None:
-        self.console.print(Text.assemble((f"[step {step}] ", "dim"), (plain(prompt), "bold"), plain(text)), soft_wrap=True)
+        self.console.print(
+            Text.assemble((f"[step {step}] ", "dim"), (plain(prompt), "bold"), plain(text)), soft_wrap=True
+        )
 
     def note(self, message: str) -> None:
         self.console.print(Text(plain(message)), soft_wrap=True)
@@ -128,7 +127,11 @@ class Bars(Lines):
 
     def __init__(self, console: Console, config: RunConfig) -> None:
         self.bars = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), Figures(), console=console, expand=True
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            Figures(),
+            console=console,
+            expand=True,
         )
         super().__init__(console, config)
         self.task = self.bars.add_task("preparing", total=1.0, figures="")
@@ -136,11 +139,16 @@ class Bars(Lines):
 
     def preparing(self, state: PrepareProgress) -> None:
         share = min(1.0, state.done_bytes / state.total_bytes) if state.total_bytes else 0.0
-        self.bars.update(self.task, description=STAGES[state.stage], completed=share, figures=f"{state.documents} documents")
+        self.bars.update(
+            self.task, description=STAGES[state.stage], completed=share, figures=f"{state.documents} documents"
+        )
 
     def progress(self, record: Record) -> None:
         self.bars.update(
-            self.task, description=f"step {record['step']}", completed=record["progress"], figures=figures(self.remembered(record))
+            self.task,
+            description=f"step {record['step']}",
+            completed=record["progress"],
+            figures=figures(self.remembered(record)),
         )
 
     def note(self, message: str) -> None:
@@ -166,7 +174,12 @@ def heading(config: RunConfig) -> str:
     """What is about to be trained, in one line."""
     model, train = config.model, config.train
     length = " or ".join(
-        part for part in (f"{train.steps} steps" if train.steps else "", f"{train.minutes:g} minutes" if train.minutes else "") if part
+        part
+        for part in (
+            f"{train.steps} steps" if train.steps else "",
+            f"{train.minutes:g} minutes" if train.minutes else "",
+        )
+        if part
     )
     return (
         f"{config.name}: {model.layers} layers x {model.width} wide, context {model.context}, {model.architecture} shape,"
@@ -200,11 +213,15 @@ def closing(console: Console, summary: Summary) -> None:
     run = Path(summary.run)
     console.print(Text(f"\n{outcome(summary)}"), soft_wrap=True)
     if summary.stopped_because.startswith("SIG"):
-        console.print(Text(f"The run is saved; go on with the same command, or read: {PROGRAM} sample {run}"), soft_wrap=True)
+        console.print(
+            Text(f"The run is saved; go on with the same command, or read: {PROGRAM} sample {run}"), soft_wrap=True
+        )
         return
     console.print(Text(f"\n{last_story(run)}\n"), soft_wrap=False)
     console.print(Text(f"The curve is in {draw(run)}"), soft_wrap=True)
-    console.print(Text(f"Next: {PROGRAM} chat {run}     (more stories: {PROGRAM} sample {run} --count 3)"), soft_wrap=True)
+    console.print(
+        Text(f"Next: {PROGRAM} chat {run}     (more stories: {PROGRAM} sample {run} --count 3)"), soft_wrap=True
+    )
 
 
 def outcome(summary: Summary) -> str:
@@ -217,7 +234,9 @@ def outcome(summary: Summary) -> str:
         words.append(f"On held-out stories: {summary.valid_bits_per_byte:.4f} bits per byte.")
     if summary.floor_bits_per_byte:
         excess = summary.valid_bits_per_byte / summary.floor_bits_per_byte - 1
-        words.append(f"The exact entropy of this corpus, which no model can beat, is {summary.floor_bits_per_byte:.4f}: {excess:.1%} above it.")
+        words.append(
+            f"The exact entropy of this corpus, which no model can beat, is {summary.floor_bits_per_byte:.4f}: {excess:.1%} above it."
+        )
     return " ".join(words)
 
 
@@ -227,7 +246,9 @@ def last_story(run: Path) -> str:
     from smalllm.generation import Generator, SamplingParams
 
     loaded = open_run(run)
-    completion = Generator(loaded.model, loaded.tokenizer).complete("Once upon a time", SamplingParams(max_tokens=300, seed=7))
+    completion = Generator(loaded.model, loaded.tokenizer).complete(
+        "Once upon a time", SamplingParams(max_tokens=300, seed=7)
+    )
     return plain(completion.prompt + completion.text)
 
 

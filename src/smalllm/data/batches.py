@@ -61,7 +61,9 @@ class PackedRows:
     GROUP = 4096
 
     def __init__(self, split: TokenSplit, context: int) -> None:
-        lengths = np.fromiter((len(document) for document in split.iterate_documents()), dtype=np.int64, count=split.documents)
+        lengths = np.fromiter(
+            (len(document) for document in split.iterate_documents()), dtype=np.int64, count=split.documents
+        )
         starts = np.cumsum(lengths) - lengths
         self.rows: list[list[Segment]] = []
         for first in range(0, len(lengths), self.GROUP):

@@ -129,7 +129,9 @@ def prepare(
     given = Tokenizer.load(tokenizer) if tokenizer else None
     if given and vocab_size not in (None, given.vocab_size):
         raise UserError(f"vocab_size={vocab_size} but {tokenizer} has {given.vocab_size} pieces; leave vocab_size out")
-    settings = Settings(VOCAB_SIZE if vocab_size is None else vocab_size, valid_fraction, num_files, sample_rate, limit, seed)
+    settings = Settings(
+        VOCAB_SIZE if vocab_size is None else vocab_size, valid_fraction, num_files, sample_rate, limit, seed
+    )
     _check_settings(sources, valid, settings, workers)
     clock = _Clock(progress)
     opened = [open_source(source, num_files=num_files) for source in sources]

@@ -42,7 +42,7 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, compiled: bool
     ) -> Tensor:
         most = max(1, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))

@@ -26,8 +26,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], splits: Mapping[nn.Parameter, list[int]], lr: float,
-        momentum: float = 0.95, weight_decay: float = 0.0,
+        self,
+        parameters: list[Tensor],
+        splits: Mapping[Tensor, list[int]],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.splits = splits
@@ -49,6 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov momentum of the gradient."""
+        assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -133,13 +138,21 @@ class Optimizer:
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what ``state_tensors`` gave; UserError when it is that of another model or optimizer."""
         for name, parameter in self.named.items():
-            part = next(part for part in self.parts if any(parameter is p for g in part.param_groups for p in g["params"]))
+            part = next(
+                part for part in self.parts if any(parameter is p for g in part.param_groups for p in g["params"])
+            )
             slots = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.rpartition(".")[0] == name}
             wanted = {"momentum_buffer"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-            if slots.keys() != wanted or any(value.dim() and value.shape != parameter.shape for value in slots.values()):
-                raise UserError(f"optimizer.safetensors does not fit {name}: it is the state of another optimizer or model")
+            if slots.keys() != wanted or any(
+                value.dim() and value.shape != parameter.shape for value in slots.values()
+            ):
+                raise UserError(
+                    f"optimizer.safetensors does not fit {name}: it is the state of another optimizer or model"
+                )
             part.state[parameter] = {
-                slot: value.clone() if slot == "step" and not self._step_on_device(parameter) else value.to(parameter.device).clone()
+                slot: value.clone()
+                if slot == "step" and not self._step_on_device(parameter)
+                else value.to(parameter.device).clone()
                 for slot, value in slots.items()
             }
 
@@ -156,9 +169,9 @@ def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[di
     return [group for group in groups if group["params"]]
 
 
-def block_matrices(model: GPT) -> dict[nn.Parameter, list[int]]:
+def block_matrices(model: GPT) -> dict[Tensor, list[int]]:
     """The matrices of the blocks, each with the row counts of the matrices that it stacks."""
-    found: dict[nn.Parameter, list[int]] = {}
+    found: dict[Tensor, list[int]] = {}
     for module in model.blocks.modules():
         if isinstance(module, Attention):
             keys = module.kv_heads * module.head_width

@@ -30,7 +30,7 @@ from smalllm.data.prepare import PrepareProgress, prepare
 from smalllm.data.shards import TokenDataset
 from smalllm.evaluation import Evaluation, score_documents, storyworld_floor
 from smalllm.generation import Generator, SamplingParams
-from smalllm.metrics import Display, MetricsLog, Record, Silence, Sinks, Throughput, model_flops_utilization
+from smalllm.metrics import Display, MetricsLog, Record, Silence, Sinks, Throughput, json_safe, model_flops_utilization
 from smalllm.model import GPT
 from smalllm.preflight import preflight, require
 from smalllm.runtime import (
@@ -87,7 +87,9 @@ class State:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> State:
         best = values["best_bits_per_byte"]
-        return cls(**values | {"plan": Plan(**values["plan"]), "best_bits_per_byte": math.inf if best is None else best})
+        return cls(
+            **values | {"plan": Plan(**values["plan"]), "best_bits_per_byte": math.inf if best is None else best}
+        )
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,17 @@ class Trainer:
         self.config = settled(config, self.dataset)
         self.tokenizer = self.dataset.tokenizer()
         model, train = self.config.model, self.config.train
-        self.batches = Batches(self.dataset.train, model.context, train.batch_tokens, self.config.seed, self.config.data.packing)
+        self.batches = Batches(
+            self.dataset.train, model.context, train.batch_tokens, self.config.seed, self.config.data.packing
+        )
         seed_everything(self.config.seed)
         self.model = GPT(model).to(self.runtime.device).train()
         self.model.recompute = train.recompute
         self.optimizer = Optimizer(self.model, self.config.optim, self.runtime.device)
         self.scaler = self.runtime.make_scaler()
-        self.micro_batch = train.micro_batch or pick_micro_batch(self.model, self.runtime, train.batch_tokens, train.memory_gb)
+        self.micro_batch = train.micro_batch or pick_micro_batch(
+            self.model, self.runtime, train.batch_tokens, train.memory_gb
+        )
         self.state = State(plan=Plan(train.steps or UNPLANNED))
         self.record: Record = {}
         self.compiled = False
@@ -218,7 +224,9 @@ class Trainer:
                     "out of memory with one sequence at a time; set model.context or model.width lower, or train.recompute=true"
                 ) from None
             self.micro_batch //= 2
-            self.display.note(f"out of memory: going on with train.micro_batch={self.micro_batch} (the same mathematics)")
+            self.display.note(
+                f"out of memory: going on with train.micro_batch={self.micro_batch} (the same mathematics)"
+            )
         except Exception as error:
             if not (self.compiled and self.timer.steps == 0):
                 raise
@@ -259,7 +267,9 @@ class Trainer:
         """Count a step whose loss or gradient is not finite; ten in a row end the run."""
         self.state.skipped += 1
         self.state.skipped_in_a_row += 1
-        self.display.note(f"step {self.state.step + 1} skipped: loss {loss}, gradient norm {norm}; the weights are as before")
+        self.display.note(
+            f"step {self.state.step + 1} skipped: loss {loss}, gradient norm {norm}; the weights are as before"
+        )
         if self.state.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise TrainingFailure(
                 f"{SKIPS_IN_A_ROW} steps in a row had a loss or gradient that is not finite, the last at step"
@@ -296,7 +306,9 @@ class Trainer:
         batch = next(self.batches.micro_batches(0, 2)).to(self.runtime.device)
         checks = preflight(self.model, self.tokenizer, self.dataset, batch)
         require(checks)
-        self.display.note(f"preflight: {len(checks)} checks passed ({next(c.detail for c in checks if 'first loss' in c.name)})")
+        self.display.note(
+            f"preflight: {len(checks)} checks passed ({next(c.detail for c in checks if 'first loss' in c.name)})"
+        )
 
     def compile(self, checkpoint: Checkpoint | None) -> None:
         """Compile the blocks where that pays; a resumed run does what it did before, since compiled kernels round otherwise."""
@@ -384,10 +396,16 @@ class Trainer:
         documents = self._final_documents()
         evaluation = self.evaluate(documents)
         self.sinks.write({"step": self.state.step, "final_bits_per_byte": evaluation.bits_per_byte})
-        return self._summary(because, evaluation, storyworld_floor([self.tokenizer.decode(ids.tolist()) for ids in documents]))
+        return self._summary(
+            because, evaluation, storyworld_floor([self.tokenizer.decode(ids.tolist()) for ids in documents])
+        )
 
     def _summary(self, because: str, evaluation: Evaluation | None, floor: float | None) -> Summary:
-        records = [json.loads(line) for line in self.folder.metrics_file.read_text().splitlines()] if self.folder.metrics_file.exists() else []
+        records = (
+            [json.loads(line) for line in self.folder.metrics_file.read_text().splitlines()]
+            if self.folder.metrics_file.exists()
+            else []
+        )
         train_losses = [record["train_loss"] for record in records if "train_loss" in record]
         speed = self.state.tokens / max(self.seconds(), 1e-9)
         return Summary(
@@ -407,7 +425,9 @@ class Trainer:
     def due_evaluation(self) -> bool:
         """Every ``evaluate_every`` steps, or ten times a run; always after the last step."""
         every, state = self.config.train.evaluate_every, self.state
-        now, before = (math.floor(EVALUATIONS * state.plan.progress(step) + 1e-9) for step in (state.step, state.step - 1))
+        now, before = (
+            math.floor(EVALUATIONS * state.plan.progress(step) + 1e-9) for step in (state.step, state.step - 1)
+        )
         return self.due(every) if every else now > before
 
     def due_checkpoint(self) -> bool:
@@ -479,7 +499,7 @@ class Trainer:
             step=state.step, model=self.config.model, weights=model_weights(self.model),
             optimizer=self.optimizer.state_tensors(),
             state={
-                "training": state.to_json(), "record": {k: v for k, v in self.record.items() if v == v},
+                "training": state.to_json(), "record": json_safe(self.record),
                 "scaler": self.scaler.state_dict() if self.scaler else None, "micro_batch": self.micro_batch,
                 "compiled": self.compiled, "flavour": self.optimizer.flavour, "precision": self.runtime.precision,
                 "tokenizer_fingerprint": self.tokenizer.fingerprint, "data_fingerprint": self.dataset.fingerprint,
@@ -491,7 +511,9 @@ class Trainer:
             reason = "the disk is full" if no_space_left(error) else error.strerror
             message = f"the checkpoint of step {state.step} could not be written to {self.folder.path}: {reason}"
             if final:
-                raise TrainingFailure(f"{message}; free some space and run the same command again to go on from step {self.folder.newest_step() or 0}") from None
+                raise TrainingFailure(
+                    f"{message}; free some space and run the same command again to go on from step {self.folder.newest_step() or 0}"
+                ) from None
             self.display.note(f"{message}; the older ones are whole, training goes on")
 
     def validate(self) -> None:
@@ -500,7 +522,11 @@ class Trainer:
         evaluation = self.evaluate(self._validation_documents())
         self.record |= {"valid_loss": evaluation.loss, "valid_bits_per_byte": evaluation.bits_per_byte}
         if evaluation.bits_per_byte < state.best_bits_per_byte:
-            state.best_bits_per_byte, state.best_step, state.evaluations_without_gain = evaluation.bits_per_byte, state.step, 0
+            state.best_bits_per_byte, state.best_step, state.evaluations_without_gain = (
+                evaluation.bits_per_byte,
+                state.step,
+                0,
+            )
             self.folder.mark_best(state.step)
         else:
             state.evaluations_without_gain += 1
@@ -559,7 +585,8 @@ class Trainer:
 
     def _documents(self, tokens: int) -> list[np.ndarray]:
         """The first validation documents, up to so many tokens; at least one."""
-        found, total = [], 0
+        found: list[np.ndarray] = []
+        total = 0
         for document in self.dataset.valid.iterate_documents():
             total += len(document)
             if found and total > tokens:
@@ -616,4 +643,3 @@ def train(
         return Trainer(config, folder, display=display, progress=progress, command=command).fit()
     finally:
         folder.unlock()
-
