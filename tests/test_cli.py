@@ -70,7 +70,7 @@ def test_train_for_people_ends_with_a_story_a_plot_and_the_next_step(
     text = capsys.readouterr().out
     assert "step      2" in text and "tokens/s" in text and "MFU" in text and "bits/byte" in text
     assert "On held-out stories:" in text and "exact entropy" in text
-    assert "The curve is in runs/people/curve.png" in text and "Next: smalllm chat runs/people" in text
+    assert "The curve is in runs/people/curve.png" in text and "smalllm chat runs/people" in text
     assert Path("runs/people/curve.png").read_bytes()[:4] == b"\x89PNG"
 
 

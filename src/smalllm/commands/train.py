@@ -138,6 +138,7 @@ class Bars(Lines):
         self.bars.start()
 
     def preparing(self, state: PrepareProgress) -> None:
+        """Show how far the preparation of the data has come."""
         share = min(1.0, state.done_bytes / state.total_bytes) if state.total_bytes else 0.0
         self.bars.update(
             self.task, description=STAGES[state.stage], completed=share, figures=f"{state.documents} documents"

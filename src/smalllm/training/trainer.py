@@ -86,6 +86,7 @@ class State:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> State:
+        """The inverse of ``to_json``."""
         best = values["best_bits_per_byte"]
         return cls(
             **values | {"plan": Plan(**values["plan"]), "best_bits_per_byte": math.inf if best is None else best}
@@ -299,7 +300,7 @@ class Trainer:
         )
         if self.state.evaluation_due:  # the run was killed between a checkpoint and its evaluation
             self.validate()
-            self.write_record()
+        self.write_record()
 
     def preflight(self) -> None:
         """Find in seconds what would cost the run; UserError that names the check."""
@@ -351,10 +352,10 @@ class Trainer:
         self.display.note(f"resumed from step {self.state.step}")
 
     def rewind_logs(self) -> None:
-        """Drop what was logged after the state that training goes on from: no step twice, none missing."""
-        last = self.state.step - 1 if self.state.evaluation_due else self.state.step
-        self.log_file.rewind(last)
-        self.sample_file.rewind(last)
+        """Drop what was logged after the state that training goes on from: no step twice, none missing. A checkpoint is
+        written before the record of its step, which it holds, so that the record is written again."""
+        self.log_file.rewind(self.state.step - 1)
+        self.sample_file.rewind(self.state.step - 1 if self.state.evaluation_due else self.state.step)
 
     def _refuse_other_run(self, stored: dict[str, Any]) -> None:
         if stored["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
@@ -487,7 +488,6 @@ class Trainer:
             record = {"step": self.state.step, **self.record}
             self.log_file.append(record)
             self.sinks.write(record)
-        self.record = {}
 
     def mfu(self, tokens_per_second: float) -> float:
         return model_flops_utilization(tokens_per_second, self.model.flops_per_token(), self.runtime.peak_flops())
