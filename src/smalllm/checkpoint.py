@@ -30,7 +30,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from smalllm.config import ModelConfig, RunConfig, UserError, load_recipe, parse_config
+from smalllm.config import ModelConfig, RunConfig, UserError, load_recipe
 from smalllm.model import GPT
 from smalllm.tokenizer import Tokenizer
 
@@ -125,7 +125,11 @@ class Checkpoint:
         return json.loads(self.read("state.json"))
 
     def model_config(self) -> ModelConfig:
-        return parse_config({"model": json.loads(self.read("model.json"))["model"]}).model
+        """The shape of the model; UserError when the file holds another thing."""
+        try:
+            return ModelConfig.model_validate(json.loads(self.read("model.json"))["model"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{self.path / 'model.json'} does not describe a model: {error}") from None
 
     def weights(self) -> dict[str, Tensor]:
         return self._tensors("model.safetensors")

@@ -144,7 +144,7 @@ class Attention(nn.Module):
         if self.heads != self.kv_heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
         dropout = self.dropout if self.training else 0.0
-        if visible is None and not dropout and q.device.type == "cpu" and self.training:
+        if visible is None and not dropout and q.device.type == "cpu" and torch.compiler.is_compiling():
             return blocked_attention(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None)
 

@@ -79,9 +79,10 @@ def chunk_loss(logits: Tensor, targets: Tensor, with_slope: bool) -> tuple[Tenso
     loss = ((log_sum - wide.gather(1, safe)[:, 0]) * counts).sum()
     if not with_slope:
         return loss, logits
-    slope = (wide - log_sum[:, None]).exp_()
-    slope.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=slope.dtype))
-    return loss, (slope * counts[:, None]).to(logits.dtype)
+    # Rows that do not count get a slope of exp(-inf) - 0, with no pass over the logits of its own.
+    slope = (wide - log_sum.masked_fill(~counts, torch.inf)[:, None]).exp_()
+    slope.scatter_add_(1, safe, -counts[:, None].to(slope.dtype))
+    return loss, slope.to(logits.dtype)
 
 
 @cache
