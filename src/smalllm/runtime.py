@@ -6,6 +6,7 @@ The only module that may know torch.distributed (one rank for now); models and l
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from contextlib import AbstractContextManager as ContextManager
@@ -104,6 +105,7 @@ def compile_blocks(model: GPT, wish: str, worthwhile: bool, device: torch.device
         return False, "torch.compile does not pay on Apple GPUs"
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         return False, "there is no C++ compiler here (g++); install one to train faster"
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime" on a CPU is no news
     for block in model.blocks:
         block.compile()
     return True, ""
