@@ -143,7 +143,7 @@ class Trainer:
         progress: Callable[[PrepareProgress], None] | None = None, clock: Callable[[], float] = time.monotonic,
         command: str = "",
     ) -> None:  # fmt: skip
-        self.clock, self.started = clock, clock()
+        self.clock = clock
         self.folder, self.display, self.command = folder, display or Silence(), command
         self.runtime: Runtime = make_runtime(config.train.device, config.train.precision)
         set_deterministic(self.runtime.device)
@@ -465,7 +465,7 @@ class Trainer:
         """Fill the record of this step: the loss is the mean over all steps since the last log."""
         state, speed = self.state, self.timer.tokens_per_second()
         self.record |= {
-            "tokens": state.tokens, "seconds": round(self.seconds(), 3),
+            "tokens": state.tokens, "epoch": round(self.batches.epoch(state.step), 4), "seconds": round(self.seconds(), 3),
             "train_loss": state.window_loss / state.window_tokens if state.window_tokens else math.nan,
             "tokens_per_second": round(speed, 1), "mfu": round(self.mfu(speed), 4),
             "memory_bytes": hardware.peak_memory(self.runtime.device), "skipped": state.skipped,
