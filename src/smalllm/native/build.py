@@ -1,0 +1,86 @@
+"""Compile a C++ file of this package for this very CPU, once, and load it.
+
+Libraries are plain C functions over pointers, called with ctypes (which releases the GIL): no headers of Python or torch,
+so that compiling takes seconds. They are kept in the user's cache under a hash of everything that shapes them. Who calls
+``load`` has a slower path for when there is no compiler, and says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+# What of -ffast-math keeps infinities and NaN, which masks and overflow checks need.
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math",
+)  # fmt: skip
+SECONDS = 180
+
+
+class Unavailable(RuntimeError):
+    """There is no native code here; the message says why."""
+
+
+@cache
+def load(name: str) -> ctypes.CDLL:
+    """The library of ``native/<name>.cpp``; Unavailable when it cannot be built here. Several threads and processes may
+    ask at once: each builds to a file of its own, and the last rename wins."""
+    if os.environ.get("SMALLLM_NATIVE") == "0":
+        raise Unavailable("SMALLLM_NATIVE=0")
+    if sys.platform != "linux":
+        raise Unavailable("native code is built on Linux only")
+    compiler = next((path for path in map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")) if path), None)
+    if compiler is None:
+        raise Unavailable("there is no C++ compiler here (g++)")
+    source = (resources.files("smalllm.native") / f"{name}.cpp").read_bytes()
+    library = cache_folder() / f"{name}-{_fingerprint(source, compiler)}.so"
+    try:
+        if not library.exists():
+            _build(source, compiler, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"{compiler} could not build {name}.cpp: {_reason(error)}") from None
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: $XDG_CACHE_HOME/smalllm, by default ~/.cache/smalllm."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "smalllm"
+
+
+def _build(source: bytes, compiler: str, library: Path) -> None:
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        command = [compiler, *FLAGS, "-x", "c++", "-", "-o", str(built)]
+        subprocess.run(command, input=source, capture_output=True, check=True, timeout=SECONDS)
+        os.replace(built, library)
+
+
+def _fingerprint(source: bytes, compiler: str) -> str:
+    """-march=native makes a library that other CPUs may not run: a home folder may be shared between machines."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS).stdout
+    parts = (source, version, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _cpu() -> bytes:
+    """Model and instruction sets of the first processor."""
+    wanted = (b"model name", b"cpu family", b"model\t", b"flags", b"Features", b"CPU part")
+    first = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0]
+    return b"\n".join(line for line in first.splitlines() if line.startswith(wanted))
+
+
+def _reason(error: Exception) -> str:
+    said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+    return next((line for line in said if "error" in line), str(error))
