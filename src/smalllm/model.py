@@ -8,6 +8,8 @@ B batch, T positions, C width, H heads, G key/value heads, D head width, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -111,20 +113,21 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config, self.head_width) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions: Tensor | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        visible: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.project(x, rope)
         if cache is not None and positions is not None:
             fresh = cache.extent == 0
             keys, values = cache.write(self.layer, positions, k, v)
-            y = (
-                self.attend(q, k, v, None)
-                if fresh
-                else self.attend(q, keys, values, _visible(positions, keys.shape[2]))
-            )
-        else:
-            y = self.attend(q, k, v, None)
+            if not fresh:
+                k, v, visible = keys, values, _visible(positions, keys.shape[2])
+        y = self.attend(q, k, v, visible)
         return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,29 +147,15 @@ class Attention(nn.Module):
         if self.heads != self.kv_heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
         dropout = self.dropout if self.training else 0.0
-        if visible is None and not dropout and q.device.type == "cpu" and torch.compiler.is_compiling():
-            return blocked_attention(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None)
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, rows: int = 128) -> Tensor:
-    """Causal attention [B, H, T, D] by blocks of query rows that skip the keys after them. On CPUs plain products of the
-    matrix library beat the fused kernel, twice over when a compiler fuses the softmax."""
-    T, scale = q.shape[2], q.shape[3] ** -0.5
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    parts = []
-    for start in range(0, T, rows):
-        end = min(start + rows, T)
-        scores = (q[:, :, start:end] @ k[:, :, :end].mT).float() * scale
-        own = scores[..., start:].masked_fill(future[: end - start, : end - start], float("-inf"))
-        weights = torch.cat((scores[..., :start], own), dim=-1).softmax(dim=-1)
-        parts.append(weights.to(v.dtype) @ v[:, :, :end])
-    return torch.cat(parts, dim=2)
-
-
-def _visible(positions: Tensor, keys: int) -> Tensor:
-    """Which keys a query at a position may see: [B, 1, T, keys], true up to and including its own position."""
-    return (torch.arange(keys, device=positions.device) <= positions[:, :, None])[:, None]
+def _visible(positions: Tensor, keys: int, starts: Tensor | None = None) -> Tensor:
+    """Which keys a query at a position [B, T] may see: [B, 1, T, keys], true up to and including its own position, from
+    its start on."""
+    key = torch.arange(keys, device=positions.device)
+    seen = key <= positions[:, :, None]
+    return (seen if starts is None else seen & (key >= starts[:, :, None]))[:, None]
 
 
 # ── MLP ──
@@ -207,14 +196,19 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
+        visible: Tensor | None = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache, positions)
+        x = x + self.attention(self.attention_norm(x), rope, visible, cache, positions)
         return x + self.mlp(self.mlp_norm(x))
 
 
 # ── GPT ──
+
+
+Fused = Callable[["GPT", Tensor, Tensor | None], Tensor]
+"""The blocks and the last norm in one, faster: (model, x [B, T, C], starts) -> [B, T, C]. Set by runtime."""
 
 
 class GPT(nn.Module):
@@ -228,6 +222,7 @@ class GPT(nn.Module):
         assert config.vocab_size > 0, "vocab_size is taken from the data before the model is made"
         self.config = config
         self.recompute = False
+        self.fused: Fused | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -269,8 +264,9 @@ class GPT(nn.Module):
             elif name == "position_embedding.weight":
                 nn.init.normal_(parameter, std=0.02 if self.config.tie_embeddings else 0.3)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The normed residual stream [B, T, C] that the head reads. With a cache, ids continue what it holds."""
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, starts: Tensor | None = None) -> Tensor:
+        """The normed residual stream [B, T, C] that the head reads. With a cache, ids continue what it holds. ``starts``
+        [B, T], int32, not decreasing in a row, says where each position's document begins: it sees nothing before."""
         if cache is None:
             positions, where = None, torch.arange(ids.shape[1], device=ids.device)
             end = ids.shape[1]
@@ -282,15 +278,19 @@ class GPT(nn.Module):
                 f"{end} positions do not fit into a context of {cache.capacity if cache else self.config.context}"
             )
         x = self.embedding(ids)
+        inside = where if starts is None else where - starts
         if self.position_embedding is not None:
-            x = x + self.position_embedding(where)
+            x = x + self.position_embedding(inside)
         x = F.dropout(x, self.config.dropout, self.training)
-        rope = self._rope(where)
+        if self.fused is not None and cache is None:
+            return self.fused(self, x, starts)
+        rope = self._rope(inside)
+        visible = None if starts is None else _visible(where.expand(ids.shape), ids.shape[1], starts)
         for block in self.blocks:
             if self.recompute and self.training:
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x = checkpoint(block, x, rope, visible, use_reentrant=False)
             else:
-                x = block(x, rope, cache, positions)
+                x = block(x, rope, visible, cache, positions)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)

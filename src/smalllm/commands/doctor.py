@@ -17,6 +17,7 @@ from cyclopts import Parameter
 
 from smalllm import hardware
 from smalllm.config import UserError, load_recipe, recipe_names
+from smalllm.native import build
 from smalllm.terminal import plain
 
 PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "pydantic", "cyclopts", "rich", "huggingface_hub", "pyarrow",
@@ -41,7 +42,7 @@ def doctor(*, json_output: Annotated[bool, Parameter(name="--json", negative="")
         Print one JSON object to standard output.
     """
     findings = []
-    for examine in (packages, device, formats, compiler, disk, recipes, tiny_run):
+    for examine in (packages, device, formats, fused_kernels, disk, recipes, tiny_run):
         for finding in _safely(examine):
             findings.append(finding)
             if not json_output:
@@ -106,10 +107,14 @@ def formats() -> Iterator[Finding]:
     )
 
 
-def compiler() -> Iterator[Finding]:
-    """What torch.compile needs on a CPU."""
-    found = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
-    yield Finding("C++ compiler", True, found or "none: training works, but torch.compile stays off on the CPU")
+def fused_kernels() -> Iterator[Finding]:
+    """Whether the C++ that makes CPUs fast can be built and loaded here."""
+    try:
+        build.load("kernels")
+        detail = f"built with {build.compiler()}"
+    except build.Unavailable as error:
+        detail = f"none: {error}; training on the CPU works, slower"
+    yield Finding("fused CPU kernels", True, detail)
 
 
 def disk() -> Iterator[Finding]:

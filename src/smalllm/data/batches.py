@@ -23,10 +23,12 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets, each int64 [sequences, context]; targets are the inputs' successors, or IGNORE."""
+    """Inputs and targets, each int64 [sequences, context]; targets are the inputs' successors, or IGNORE. ``starts``, int32,
+    is where each position's document begins in its row, where documents must not see each other."""
 
     inputs: Tensor
     targets: Tensor
+    starts: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -34,7 +36,8 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        starts = None if self.starts is None else self.starts.to(device, non_blocking=True)
+        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), starts)
 
 
 Segment = tuple[int, int]
@@ -143,14 +146,18 @@ class Batches:
     def _batch(self, rows: list[list[Segment]]) -> Batch:
         inputs = np.zeros((len(rows), self.context), dtype=np.int64)
         targets = np.full((len(rows), self.context), IGNORE, dtype=np.int64)
+        starts = np.zeros((len(rows), self.context), dtype=np.int32)
         for number, row in enumerate(rows):
             place = 0
             for start, count in row:
                 tokens = self._ring(start, count + 1)
                 inputs[number, place : place + count] = tokens[:-1]
                 targets[number, place : place + count] = tokens[1:]
+                starts[number, place : place + count] = place
                 place += count
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+            starts[number, place:] = place  # padding is a document of its own
+        separate = torch.from_numpy(starts) if isinstance(self.rows, PackedRows) else None
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), separate)
 
     def _ring(self, start: int, count: int) -> np.ndarray:
         """Tokens from ``start``, going on at the beginning when the end is reached."""

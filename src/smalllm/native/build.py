@@ -7,6 +7,7 @@ so that compiling takes seconds. They are kept in the user's cache under a hash 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -15,41 +16,66 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
-# What of -ffast-math keeps infinities and NaN, which masks and overflow checks need.
+# What of -ffast-math keeps infinities, NaN and the order of operations.
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fassociative-math",
+    "-fno-signed-zeros", "-fno-strict-aliasing",
 )  # fmt: skip
 SECONDS = 180
+NO_COMPILER = "there is no C++ compiler here (g++); install one to train several times faster"
 
 
 class Unavailable(RuntimeError):
     """There is no native code here; the message says why."""
 
 
-@cache
+_lock = threading.Lock()
+
+
 def load(name: str) -> ctypes.CDLL:
-    """The library of ``native/<name>.cpp``; Unavailable when it cannot be built here. Several threads and processes may
-    ask at once: each builds to a file of its own, and the last rename wins."""
+    """The library of ``native/<name>.cpp``; Unavailable when it cannot be built here. Several threads may ask at once, and
+    several processes: each of those builds to a file of its own, and the last rename wins."""
+    with _lock:
+        return _load(name)
+
+
+@cache
+def _load(name: str) -> ctypes.CDLL:
     if os.environ.get("SMALLLM_NATIVE") == "0":
         raise Unavailable("SMALLLM_NATIVE=0")
     if sys.platform != "linux":
         raise Unavailable("native code is built on Linux only")
-    compiler = next((path for path in map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")) if path), None)
-    if compiler is None:
-        raise Unavailable("there is no C++ compiler here (g++)")
+    path = compiler()
+    if path is None:
+        raise Unavailable(NO_COMPILER)
     source = (resources.files("smalllm.native") / f"{name}.cpp").read_bytes()
-    library = cache_folder() / f"{name}-{_fingerprint(source, compiler)}.so"
     try:
+        library = cache_folder() / f"{name}-{_fingerprint(source, path)}.so"
         if not library.exists():
-            _build(source, compiler, library)
+            _build(source, path, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
-        raise Unavailable(f"{compiler} could not build {name}.cpp: {_reason(error)}") from None
+        raise Unavailable(f"{path} could not build {name}.cpp: {_reason(error)}") from None
+
+
+def begin(name: str) -> None:
+    """Build a library beside other work, so that a later ``load`` finds it."""
+
+    def quietly() -> None:
+        with contextlib.suppress(Unavailable):
+            load(name)
+
+    threading.Thread(target=quietly, name=f"build {name}", daemon=True).start()
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: $CXX, g++ or clang++."""
+    return next((path for path in map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")) if path), None)
 
 
 def cache_folder() -> Path:

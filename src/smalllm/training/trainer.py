@@ -34,8 +34,9 @@ from smalllm.metrics import Display, MetricsLog, Record, Silence, Sinks, Through
 from smalllm.model import GPT
 from smalllm.preflight import preflight, require
 from smalllm.runtime import (
+    Execution,
     Runtime,
-    compile_blocks,
+    accelerate,
     eager,
     forget_compiled,
     make_runtime,
@@ -165,7 +166,7 @@ class Trainer:
         )
         self.state = State(plan=Plan(train.steps or UNPLANNED))
         self.record: Record = {}
-        self.compiled = False
+        self.execution: Execution = "plain"
         self.signal: int = 0
 
     # ── the loop ──
@@ -229,10 +230,10 @@ class Trainer:
                 f"out of memory: going on with train.micro_batch={self.micro_batch} (the same mathematics)"
             )
         except Exception as error:
-            if not (self.compiled and self.timer.steps == 0):
+            if not (self.execution == "compiled" and self.timer.steps == 0):
                 raise
             forget_compiled(self.model)
-            self.compiled = False
+            self.execution = "plain"
             self.display.note(f"torch.compile failed ({type(error).__name__}); going on without it")
         self.optimizer.zero_grad()
         return self.accumulate(tokens)
@@ -244,7 +245,7 @@ class Trainer:
                 seed_everything(self.config.seed, self.state.step, index)
             with self.runtime.autocast():
                 batch = batch.to(self.runtime.device)
-                loss = cross_entropy_sum(self.model, batch, self.runtime.dtype, self.compiled) / tokens
+                loss = cross_entropy_sum(self.model, batch, self.runtime.dtype, self.execution) / tokens
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
         return total.item()
@@ -292,7 +293,7 @@ class Trainer:
             self.tokenizer.save(self.folder.tokenizer_file)
             if self.config.train.preflight:
                 self.preflight()
-        self.compile(checkpoint)
+        self.accelerate(checkpoint)
         self.folder.write_text(self.folder.config_file, self.config.to_toml())
         self.folder.write_text(self.folder.environment_file, json.dumps(self.environment(), indent=1) + "\n")
         self.sinks = Sinks(
@@ -311,14 +312,17 @@ class Trainer:
             f"preflight: {len(checks)} checks passed ({next(c.detail for c in checks if 'first loss' in c.name)})"
         )
 
-    def compile(self, checkpoint: Checkpoint | None) -> None:
-        """Compile the blocks where that pays; a resumed run does what it did before, since compiled kernels round otherwise."""
-        wish = self.config.train.compile
-        if checkpoint is not None and wish == "auto":
-            wish = "on" if checkpoint.state()["compiled"] else "off"
-        self.compiled, reason = compile_blocks(self.model, wish, self.compile_pays(), self.runtime.device)
-        if not self.compiled and checkpoint is None:
-            self.display.note(f"torch.compile is off: {reason}")
+    def accelerate(self, checkpoint: Checkpoint | None) -> None:
+        """Run the blocks as fast as this machine can; a resumed run as it did before, since other kernels round otherwise."""
+        wish, before = self.config.train.compile, checkpoint.state().get("execution") if checkpoint else None
+        if wish == "auto" and before == "plain":
+            wish = "off"
+        pays = before == "compiled" or self.compile_pays()
+        self.execution, reason = accelerate(self.model, wish, pays, self.runtime)
+        if checkpoint is None and self.execution == "plain":
+            self.display.note(f"training runs without fused kernels: {reason}")
+        elif before not in (None, self.execution):
+            self.display.note(f"blocks run {self.execution} instead of {before}: the run goes on, but not bit for bit")
 
     def compile_pays(self) -> bool:
         """Compiling costs 15 to 40 s and gains about a fifth: it pays from some four minutes of training."""
@@ -501,7 +505,7 @@ class Trainer:
             state={
                 "training": state.to_json(), "record": json_safe(self.record),
                 "scaler": self.scaler.state_dict() if self.scaler else None, "micro_batch": self.micro_batch,
-                "compiled": self.compiled, "flavour": self.optimizer.flavour, "precision": self.runtime.precision,
+                "execution": self.execution, "flavour": self.optimizer.flavour, "precision": self.runtime.precision,
                 "tokenizer_fingerprint": self.tokenizer.fingerprint, "data_fingerprint": self.dataset.fingerprint,
             },
         )  # fmt: skip
@@ -554,7 +558,7 @@ class Trainer:
 
     def evaluate(self, documents: list[np.ndarray]) -> Evaluation:
         sizes = [len(self.tokenizer.decode(ids.tolist()).encode()) for ids in documents]
-        with eager(self.compiled):
+        with eager(self.execution == "compiled"):
             return score_documents(self.model, documents, sizes, autocast=self.runtime.autocast())
 
     def sample(self) -> None:
@@ -563,7 +567,7 @@ class Trainer:
         if not train.sample_tokens:
             return
         params = SamplingParams(max_tokens=train.sample_tokens, seed=self.config.seed)
-        with eager(self.compiled), self.runtime.autocast():
+        with eager(self.execution == "compiled"), self.runtime.autocast():
             completion = Generator(self.model, self.tokenizer).complete(train.sample_prompt, params)
         self.sample_file.append({"step": self.state.step, "prompt": completion.prompt, "text": completion.text})
         self.display.story(self.state.step, completion.prompt, completion.text)
@@ -597,7 +601,7 @@ class Trainer:
     def environment(self) -> dict[str, Any]:
         """What this session ran on; nothing of the user's environment variables."""
         return {
-            **hardware.describe(self.runtime.device), "precision": self.runtime.precision, "compiled": self.compiled,
+            **hardware.describe(self.runtime.device), "precision": self.runtime.precision, "execution": self.execution,
             "optimizer": self.optimizer.flavour, "micro_batch": self.micro_batch, "command": self.command,
             "data_fingerprint": self.dataset.fingerprint, "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "parameters": self.model.parameters_count(),
