@@ -173,3 +173,10 @@ def test_padding_of_packed_rows_does_not_count():
     inputs, targets = _rows(batches, 0, 1, 0, 1)[0]
     assert batches.tokens(0) == 7
     assert inputs[:7] == (0, 1, 2, 3, 5, 6, 7) and targets == (1, 2, 3, 4, 6, 7, 8, IGNORE)
+
+
+def test_starts_say_where_the_documents_of_a_packed_row_begin():
+    (batch,) = Batches(Documents([5, 4]), 10, 10, seed=0, packing="documents").micro_batches(0, 1)
+    assert batch.starts is not None and batch.starts.tolist() == [[0, 0, 0, 0, 4, 4, 4, 7, 7, 7]]  # padding is apart
+    (stream,) = Batches(Documents([5, 4]), 3, 3, seed=0, packing="stream").micro_batches(0, 1)
+    assert stream.starts is None

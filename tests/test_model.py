@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smalllm.config import ModelConfig
-from smalllm.model import GPT, KVCache, apply_rope, blocked_attention, rope_tables
+from smalllm.model import GPT, KVCache, apply_rope, rope_tables
 
 SHAPES = {
     "llama": ModelConfig(layers=2, width=48, heads=4, context=40, vocab_size=101),
@@ -252,9 +252,13 @@ def test_logits_equal_those_of_transformers(name: str):
     torch.testing.assert_close(model(ids), theirs, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("length", [5, 128, 200, 300])
-def test_blocked_attention_is_causal_attention(length: int):
-    """What compiled training on a CPU computes equals the reference kernel, also where a block is cut short."""
-    q, k, v = torch.randn(3, 2, 3, length, 16, generator=torch.Generator().manual_seed(0))
-    reference = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(blocked_attention(q, k, v), reference, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("name", SHAPES)
+def test_documents_in_one_row_are_read_as_if_alone(name: str):
+    model = stirred(SHAPES[name])
+    ids = ids_for(model.config)[:1]
+    cut = ids.shape[1] // 3
+    starts = torch.tensor([[0] * cut + [cut] * (ids.shape[1] - cut)], dtype=torch.int32)
+    packed = model.hidden(ids, starts=starts)
+    torch.testing.assert_close(packed[:, :cut], model.hidden(ids[:, :cut]), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(packed[:, cut:], model.hidden(ids[:, cut:]), atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(packed[:, cut:], model.hidden(ids)[:, cut:], atol=1e-2)

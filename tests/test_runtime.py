@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from smalllm import hardware
-from smalllm.config import ModelConfig, UserError
+from smalllm.config import ModelConfig, TrainConfig, UserError
 from smalllm.model import GPT
-from smalllm.runtime import compile_blocks, make_runtime, pick_micro_batch, pick_precision, seed_everything
+from smalllm.native import build
+from smalllm.runtime import (
+    Fit,
+    Runtime,
+    accelerate,
+    compile_blocks,
+    fit_memory,
+    make_runtime,
+    pick_precision,
+    seed_everything,
+    step_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -76,18 +89,60 @@ def test_seeds_are_a_function_of_their_parts():
     assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
 
 
-def test_why_nothing_is_compiled_is_said(monkeypatch: pytest.MonkeyPatch):
-    model = GPT(ModelConfig(layers=1, width=16, heads=2, context=8, vocab_size=16))
-    assert compile_blocks(model, "off", True, CPU) == (False, "off in the settings")
-    assert compile_blocks(model, "auto", False, CPU)[0] is False
+def small_model(heads: int = 1) -> GPT:
+    return GPT(ModelConfig(layers=1, width=16, heads=heads, context=8, vocab_size=16))
+
+
+def test_a_cpu_runs_fused_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("smalllm.native.build.load", lambda name: None)
+    model = small_model()
+    assert accelerate(model, "auto", False, Runtime(CPU, "bf16")) == ("native", "")
+    assert model.fused is not None
+
+
+def test_why_a_model_runs_plainly_is_said(monkeypatch: pytest.MonkeyPatch):
+    runtime = Runtime(CPU, "fp32")
+    assert accelerate(small_model(), "off", True, runtime) == ("plain", "off in the settings")
+    assert accelerate(small_model(heads=4), "auto", False, runtime) == (
+        "plain", "the run is too short to earn the compile time back",
+    )  # fmt: skip
     monkeypatch.setattr("shutil.which", lambda name: None)
-    done, why = compile_blocks(model, "on", True, CPU)
-    assert not done and "C++ compiler" in why
-    assert compile_blocks(model, "on", True, torch.device("mps"))[0] is False
+    monkeypatch.setattr("smalllm.native.build.load", build._load.__wrapped__)
+    for model in (small_model(), small_model(heads=4)):
+        assert accelerate(model, "on", True, runtime) == ("plain", build.NO_COMPILER)
+        assert model.fused is None
+    assert compile_blocks(small_model(), torch.device("mps"))[0] == "plain"
 
 
-def test_the_micro_batch_fits_the_memory_it_is_given():
+def budget(gigabytes: float, **settings: Any) -> TrainConfig:
+    return TrainConfig(steps=1, batch_tokens=128 * 64, memory_gb=gigabytes, **settings)
+
+
+def test_a_step_fits_the_memory_it_is_given(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hardware, "memory_now", lambda device: 0)
     model = GPT(ModelConfig(layers=4, width=128, heads=4, context=128, vocab_size=512))
-    runtime = make_runtime("cpu", "fp32")
-    sizes = [pick_micro_batch(model, runtime, 128 * 64, gigabytes) for gigabytes in (0.001, 0.05, 0.2, 8.0)]
-    assert sizes[0] == 1 and sizes == sorted(sizes) and sizes[-1] <= 64
+    fits = [fit_memory(model, Runtime(CPU, "fp32"), budget(gigabytes)) for gigabytes in (0.045, 0.06, 0.1, 8.0)]
+    assert [fit.bytes <= gigabytes * 1e9 for fit, gigabytes in zip(fits, (0.045, 0.06, 0.1, 8.0), strict=True)] == [
+        True
+    ] * 4
+    sizes = [fit.micro_batch for fit in fits]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == 32 and all(64 % size == 0 for size in sizes)
+    assert not fits[-1].recompute
+
+
+def test_recomputation_is_the_last_resort(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hardware, "memory_now", lambda device: 0)
+    model = GPT(ModelConfig(layers=16, width=64, heads=4, context=128, vocab_size=512))
+    runtime = Runtime(CPU, "fp32")
+    least = step_bytes(model, runtime, 128, recompute=False)
+    assert fit_memory(model, runtime, budget(least / 1e9)) == Fit(1, False, least)
+    assert fit_memory(model, runtime, budget(0.97 * least / 1e9)).recompute
+    with pytest.raises(UserError, match="train.memory_gb = 0.001: this model needs about 0.0[0-9] GB"):
+        fit_memory(model, runtime, budget(0.001))
+
+
+def test_a_micro_batch_that_was_asked_for_is_kept():
+    model = GPT(ModelConfig(layers=1, width=64, heads=4, context=128, vocab_size=512))
+    fit = fit_memory(model, Runtime(CPU, "fp32"), budget(0.0, micro_batch=64))
+    assert (fit.micro_batch, fit.recompute) == (64, False)
+    assert fit_memory(model, Runtime(CPU, "fp32"), budget(0.0, micro_batch=64, recompute=True)).recompute

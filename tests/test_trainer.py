@@ -19,6 +19,7 @@ import torch
 from smalllm.checkpoint import RunFolder, open_run
 from smalllm.config import RunConfig, UserError
 from smalllm.metrics import read_records
+from smalllm.native import build, kernels
 from smalllm.training import trainer as trainer_module
 from smalllm.training.schedule import Plan
 from smalllm.training.trainer import Trainer, TrainingFailure, train
@@ -579,10 +580,36 @@ def test_a_compiler_that_fails_is_survived(tiny, tmp_path: Path, monkeypatch: py
         self._compiled_call_impl = fail  # type: ignore[assignment]
 
     monkeypatch.setattr(Block, "compile", broken)
+    monkeypatch.setattr(kernels, "supports", lambda config: False)
     display = Recorder()
     train(tiny(train={"compile": "on"}), tmp_path / "compiled", display=display)
     assert "torch.compile failed (RuntimeError); going on without it" in display.notes
     assert digest(tmp_path / "eager") == digest(tmp_path / "compiled")
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.01)])
+def test_the_fast_path_learns_what_the_plain_one_learns(tiny, tmp_path: Path, precision: str, tolerance: float):
+    """The same losses step by step, to rounding: 40 steps, at which the loss has fallen by more than a tenth."""
+    losses = {}
+    for wish in ("auto", "off"):
+        optim = {"kind": "muon", "lr": 0.02, "adam_lr": 0.003, "warmup_steps": 2}
+        train(tiny(train={"steps": 40, "compile": wish, "precision": precision}, optim=optim), tmp_path / wish)
+        losses[wish] = [r["train_loss"] for r in read_records(tmp_path / wish / "metrics.jsonl")]
+    assert losses["auto"] == pytest.approx(losses["off"], rel=tolerance)
+    assert losses["auto"] != losses["off"] and losses["auto"][-1] < 0.9 * losses["auto"][0]
+
+
+@pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+def test_a_run_resumed_on_the_fast_path_has_the_same_bits(tiny, tmp_path: Path):
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    train(tiny(train={"compile": "auto"}), whole)
+    train(tiny(train={"compile": "auto", "steps": 8}), parts)
+    display = Recorder()
+    train(tiny(train={"compile": "auto"}), parts, display=display)
+    assert digest(whole) == digest(parts)
+    train(tiny(train={"compile": "off", "steps": 16}), parts, display=display)
+    assert "blocks run plain instead of native: the run goes on, but not bit for bit" in display.notes
 
 
 def test_evaluation_set_is_fixed_and_within_its_share(tiny, tmp_path: Path):

@@ -78,6 +78,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def memory_now(device: torch.device) -> int:
+    """Memory in bytes that this process holds at this moment: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return peak_memory(device)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given, so that a clock tells the truth."""
     if device.type == "cuda":

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from smalllm.config import ModelConfig
 
 NORM_EPS = 1e-5
+HEAD_GAIN = 2.0
+"""Logit by which a token predicts itself at the start, where head and embedding are not tied."""
 
 
 # ── norms ──
@@ -141,6 +143,14 @@ class Attention(nn.Module):
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q, k, v
 
+    @torch.no_grad()
+    def start_as_copier(self, scale: float) -> None:
+        """Let the output projection undo the values, times ``scale``: attention adds what it attended to."""
+        width, repeats = self.head_width, self.heads // self.kv_heads
+        values = self.qkv.weight[-self.kv_heads * width :].view(self.kv_heads, width, -1)
+        copied = values.repeat_interleave(repeats, dim=0) / repeats
+        self.out.weight.copy_(scale * copied.flatten(0, 1).T)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """softmax(q k' / sqrt(D)) v, causal where ``visible`` [B, 1, T, keys] is None."""
         k, v = k.to(q.dtype), v.to(q.dtype)
@@ -246,23 +256,29 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Output projections are zero, so that every block starts as the identity (Zhang et al., Fixup, arXiv 1901.09321).
+        """Weights from which copying is learned at once (measured in docs/log.md).
 
-        The first loss is ln(vocab_size) within 2 %: an untied head is zero, and a tied embedding so small that a token does
-        not predict itself. An untied embedding has unit scale: tokens stay readable in the residual stream beside what the
-        blocks add to it, and copying a name from the beginning of a story is learned many times sooner (docs/log.md)."""
+        Every attention head starts as a copier: its output projection undoes its values (mimetic initialization, Trockman
+        & Kolter, arXiv 2305.09828), and the head reads back what the embedding wrote, so that a token which is attended
+        to becomes more likely. MLPs start at zero (Fixup, Zhang et al., arXiv 1901.09321). An untied embedding has unit
+        scale: tokens stay readable in the residual stream beside what the blocks add. The first loss is near ln(vocab).
+        """
+        config = self.config
+        scale = min(0.02, 4.0 / config.width) if config.tie_embeddings else 1.0
         for name, parameter in self.named_parameters():
-            nn.init.normal_(parameter, std=self.config.width**-0.5)
+            nn.init.normal_(parameter, std=config.width**-0.5)
             if parameter.dim() == 1:
                 nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
-            elif name.endswith(("attention.out.weight", "mlp.down.weight", "head.weight")):
+            elif name.endswith("mlp.down.weight"):
                 nn.init.zeros_(parameter)
-            elif name == "embedding.weight":
-                nn.init.normal_(
-                    parameter, std=min(0.02, 4.0 / self.config.width) if self.config.tie_embeddings else 1.0
-                )
-            elif name == "position_embedding.weight":
-                nn.init.normal_(parameter, std=0.02 if self.config.tie_embeddings else 0.3)
+        nn.init.normal_(self.embedding.weight, std=scale)
+        if self.position_embedding is not None:
+            nn.init.normal_(self.position_embedding.weight, std=0.02 if config.tie_embeddings else 0.3)
+        if not config.tie_embeddings:
+            self.head.weight.copy_(self.embedding.weight * HEAD_GAIN / config.width)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.start_as_copier(scale)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, starts: Tensor | None = None) -> Tensor:
         """The normed residual stream [B, T, C] that the head reads. With a cache, ids continue what it holds. ``starts``

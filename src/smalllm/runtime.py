@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from smalllm import hardware
-from smalllm.config import UserError
+from smalllm.config import TrainConfig, UserError
 from smalllm.model import GPT
 from smalllm.native import build, kernels
 
@@ -25,6 +25,10 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Execution = Literal["plain", "native", "compiled"]
 """How the blocks run: operation by operation, in fused C++, or through torch.compile."""
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
+"""Float32 logits that the loss holds at a time. On a CPU a chunk should stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -135,17 +139,57 @@ def forget_compiled(model: GPT) -> None:
         block._compiled_call_impl = None
 
 
-def pick_micro_batch(model: GPT, runtime: Runtime, batch_tokens: int, memory_gb: float) -> int:
-    """Sequences per forward pass: as many as fit into half of the memory, and on a CPU into what its caches like."""
+@dataclass(frozen=True)
+class Fit:
+    """How a step is divided to fit into memory. The mathematics is the same for every division."""
+
+    micro_batch: int
+    recompute: bool
+    bytes: int
+
+
+def fit_memory(model: GPT, runtime: Runtime, train: TrainConfig) -> Fit:
+    """The fastest division of a step that stays within ``train.memory_gb`` (0: half of the device's memory): as many
+    sequences per forward pass as the device likes, fewer if they do not fit, recomputation if not even one does.
+
+    UserError when the least that can be done needs more than a budget that was asked for."""
+    if train.micro_batch and not train.memory_gb:
+        tokens = train.micro_batch * model.config.context
+        return Fit(train.micro_batch, train.recompute, step_bytes(model, runtime, tokens, train.recompute))
+    budget = train.memory_gb * 1e9 or 0.5 * hardware.total_memory(runtime.device)
     context = model.config.context
-    sequences = batch_tokens // context
-    budget = memory_gb * 1e9 or 0.5 * hardware.total_memory(runtime.device)
-    fixed = 16 * model.parameters_count()
-    per_token = 4 * model.config.layers * (12 * model.config.width + 3 * model.config.hidden_width)
-    fits = max(1, int((budget - fixed) // (per_token * context)))
-    likes = max(1, 4096 // context) if runtime.device.type == "cpu" else max(1, 32_768 // context)
-    most = min(sequences, fits, likes)
-    return next(size for size in range(most, 0, -1) if sequences % size == 0)  # equal pieces: one shape to compile
+    sequences = train.batch_tokens // context
+    likes = max(1, (4096 if runtime.device.type == "cpu" else 32_768) // context)
+    # Equal pieces: one shape to compile.
+    sizes = [size for size in range(train.micro_batch or min(sequences, likes), 0, -1) if sequences % size == 0]
+    tries = [(size, recompute) for recompute in (False, True) if recompute or not train.recompute for size in sizes]
+    fits = [Fit(size, recompute, step_bytes(model, runtime, size * context, recompute)) for size, recompute in tries]
+    chosen = next((fit for fit in fits if fit.bytes <= budget), fits[-1])
+    if train.memory_gb and chosen.bytes > budget:
+        raise UserError(
+            f"train.memory_gb = {train.memory_gb:g}: this model needs about {chosen.bytes / 1e9:.2f} GB with"
+            f" micro_batch={chosen.micro_batch} and recomputation; raise train.memory_gb, or lower model.context or model.width"
+        )
+    return chosen
+
+
+def step_bytes(model: GPT, runtime: Runtime, tokens: int, recompute: bool) -> int:
+    """Peak memory of a training step with so many tokens per forward pass, in bytes: what the process holds now, gradients
+    and optimizer state, weights in the dtype of products, activations kept for the backward pass, a chunk of the loss.
+
+    Counted from what native/kernels.py and autograd keep; measured within a tenth (docs/training.md)."""
+    config, low = model.config, runtime.dtype.itemsize
+    fused = runtime.device.type == "cpu" and kernels.supports(config)
+    qkv = (config.heads + 2 * config.key_value_heads) * config.head_width
+    up = config.hidden_width * (2 if config.activation == "swiglu" else 1)
+    kept = low * (3 * config.width + qkv + up + config.hidden_width) + 8 * config.width  # of a token in a block
+    if not fused:  # norms and products keep float32 copies of what they read
+        kept += 8 * config.width + 4 * config.head_width * (config.heads + config.key_value_heads)
+    between = (4 + low) * config.width
+    blocks = config.layers * between + 2 * kept if recompute else (config.layers + 1) * kept
+    head = model.head.weight.numel() * (4 + low) + 2 * CHUNK_BYTES[runtime.device.type]
+    held = hardware.memory_now(runtime.device)
+    return held + model.parameters_count() * (12 + low) + tokens * (blocks + 4 * config.width) + head
 
 
 def eager(compiled: bool) -> ContextManager[Any]:

@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -18,9 +18,11 @@ from rich.text import Text
 from smalllm.config import RunConfig, UserError, load_recipe
 from smalllm.data.prepare import PrepareProgress
 from smalllm.metrics import Record, json_safe
+from smalllm.native import build
 from smalllm.terminal import plain
-from smalllm.training.trainer import Summary
-from smalllm.training.trainer import train as train_run
+
+if TYPE_CHECKING:
+    from smalllm.training.trainer import Summary
 
 PROGRAM = "uv run smalllm" if "UV_RUN_RECURSION_DEPTH" in os.environ else "smalllm"
 """How the user called us, so that hints can be copied."""
@@ -52,6 +54,9 @@ def train(
     json_output
         Print one JSON object to standard output, everything else to standard error.
     """
+    build.begin("kernels")  # while torch is imported and data is prepared
+    from smalllm.training.trainer import train as train_run
+
     config = settings(words, data, minutes)
     console = Console(stderr=json_output)
     display = Bars(console, config) if console.is_terminal else Lines(console, config)

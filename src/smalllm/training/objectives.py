@@ -17,10 +17,7 @@ from torch.autograd.function import once_differentiable
 from smalllm.data.batches import IGNORE, Batch
 from smalllm.model import GPT
 from smalllm.native import kernels
-from smalllm.runtime import Execution
-
-CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20, "mps": 64 * 2**20}
-"""Float32 logits held at a time. On a CPU a chunk should stay in its cache: 8 MB is twice as fast as 32 MB or more, measured."""
+from smalllm.runtime import CHUNK_BYTES, Execution
 
 
 def cross_entropy_sum(

@@ -38,9 +38,9 @@ from smalllm.runtime import (
     Runtime,
     accelerate,
     eager,
+    fit_memory,
     forget_compiled,
     make_runtime,
-    pick_micro_batch,
     seed_everything,
     set_deterministic,
 )  # fmt: skip
@@ -158,12 +158,10 @@ class Trainer:
         )
         seed_everything(self.config.seed)
         self.model = GPT(model).to(self.runtime.device).train()
-        self.model.recompute = train.recompute
         self.optimizer = Optimizer(self.model, self.config.optim, self.runtime.device)
         self.scaler = self.runtime.make_scaler()
-        self.micro_batch = train.micro_batch or pick_micro_batch(
-            self.model, self.runtime, train.batch_tokens, train.memory_gb
-        )
+        fit = fit_memory(self.model, self.runtime, train)
+        self.micro_batch, self.model.recompute = fit.micro_batch, fit.recompute
         self.state = State(plan=Plan(train.steps or UNPLANNED))
         self.record: Record = {}
         self.execution: Execution = "plain"
