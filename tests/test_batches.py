@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalllm.config import UserError
-from smalllm.data.batches import IGNORE, Batches, mix, pack, permute
+from smalllm.data.batches import IGNORE, Batches, Prefetch, mix, pack, permute
 
 PINNED_MIX = (635286641217458360, 6321771992720037893, 7795324965117060851)
 PINNED_SEQUENCES = [[(498, 10)], [(638, 10)], [(288, 10)], [(578, 10)]]
@@ -180,3 +180,34 @@ def test_starts_say_where_the_documents_of_a_packed_row_begin():
     assert batch.starts is not None and batch.starts.tolist() == [[0, 0, 0, 0, 4, 4, 4, 7, 7, 7]]  # padding is apart
     (stream,) = Batches(Documents([5, 4]), 3, 3, seed=0, packing="stream").micro_batches(0, 1)
     assert stream.starts is None
+
+
+def test_prefetched_batches_are_those_of_the_step():
+    batches = Batches(Documents([5, 9, 4, 7, 12]), 6, 24, seed=0, packing="documents")
+    prefetch = Prefetch(batches)
+    for step, micro_batch in (
+        (0, 2),
+        (1, 2),
+        (1, 1),
+        (5, 4),
+        (6, 4),
+    ):  # also again, otherwise divided, and from elsewhere
+        made, expected = prefetch.step(step, micro_batch), list(batches.micro_batches(step, micro_batch))
+        assert len(made) == len(expected)
+        assert all(
+            torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
+            for a, b in zip(made, expected, strict=True)
+        )
+    prefetch.close()
+
+
+def test_an_error_while_prefetching_reaches_the_step_that_needs_it():
+    batches = Batches(Documents([5, 9, 4]), 6, 6, seed=0)
+    prefetch = Prefetch(batches)
+    prefetch.step(0, 1)
+    prefetch.coming[1].result()
+    batches.split.read = lambda start, count: (_ for _ in ()).throw(UserError("the shard is gone"))
+    prefetch.step(1, 1)  # made before
+    with pytest.raises(UserError, match="the shard is gone"):
+        prefetch.step(2, 1)
+    prefetch.close()

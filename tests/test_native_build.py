@@ -99,12 +99,11 @@ def test_native_code_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
 
 @needs_compiler
 def test_a_damaged_library_is_a_sentence(cache_folder: Path):
-    build.load("toy")
-    (built,) = cache_folder.iterdir()
-    built.unlink()
-    built.write_bytes(b"not a library")
-    build._load.cache_clear()
-    with pytest.raises(build.Unavailable):
+    path = build.compiler()
+    assert path is not None
+    cache_folder.mkdir(parents=True)
+    (cache_folder / f"toy-{build._fingerprint(SOURCE.encode(), path)}.so").write_bytes(b"not a library")
+    with pytest.raises(build.Unavailable, match="could not build toy.cpp"):
         build.load("toy")
 
 

@@ -105,6 +105,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dropout": {"model": {"dropout": 0.2}, "train": {"micro_batch": 2}},
     "muon, wsd": {"optim": {"kind": "muon", "lr": 0.02, "schedule": "wsd"}, "model": {"qk_norm": True}},
     "bf16": {"train": {"precision": "bf16"}},
+    "fused kernels": {"train": {"compile": "auto", "precision": "bf16", "micro_batch": 4}},
     "fp16 with loss scaling": {"train": {"precision": "fp16"}},
     "untied, recomputed, learned positions": {
         "model": {"tie_embeddings": False, "positions": "learned", "norm": "layernorm", "activation": "gelu"},
@@ -601,14 +602,10 @@ def test_the_fast_path_learns_what_the_plain_one_learns(tiny, tmp_path: Path, pr
 
 
 @pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
-def test_a_run_resumed_on_the_fast_path_has_the_same_bits(tiny, tmp_path: Path):
-    whole, parts = (tmp_path / name for name in ("whole", "parts"))
-    train(tiny(train={"compile": "auto"}), whole)
-    train(tiny(train={"compile": "auto", "steps": 8}), parts)
+def test_a_run_that_goes_on_with_other_kernels_says_so(tiny, tmp_path: Path):
+    interrupt_at(tiny(train={"compile": "auto"}), tmp_path, 4)
     display = Recorder()
-    train(tiny(train={"compile": "auto"}), parts, display=display)
-    assert digest(whole) == digest(parts)
-    train(tiny(train={"compile": "off", "steps": 16}), parts, display=display)
+    train(tiny(train={"compile": "off"}), tmp_path, display=display)
     assert "blocks run plain instead of native: the run goes on, but not bit for bit" in display.notes
 
 

@@ -185,7 +185,9 @@ class TrainConfig(Section):
         "auto", description="of matrix products; auto: what this device does fastest"
     )
     recompute: bool = Field(False, description="activation checkpointing: recompute blocks in the backward pass")
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: where it pays")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="fused kernels on a CPU, torch.compile on CUDA; auto: where they pay"
+    )
     parallel: Literal["ddp"] = Field("ddp", description="how ranks share a step; one rank in this version")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     evaluate_every: int = Field(0, ge=0, description="steps; 0: ten times a run")
@@ -198,7 +200,9 @@ class TrainConfig(Section):
     keep: int = Field(3, ge=1, description="checkpoints kept besides the best")
     patience: int = Field(0, ge=0, description="evaluations without improvement before stopping; 0: never")
     memory_gb: float = Field(
-        0.0, ge=0.0, description="memory budget for choosing micro_batch; 0: half of the device's memory"
+        0.0,
+        ge=0.0,
+        description="memory the run may take, kept by micro-batch and recomputation; 0: half of the device's memory",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     sample_prompt: str = Field("Once upon a time", description="prompt of the sample story at each evaluation")

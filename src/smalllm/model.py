@@ -8,6 +8,7 @@ B batch, T positions, C width, H heads, G key/value heads, D head width, V vocab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from smalllm.config import ModelConfig
 
 NORM_EPS = 1e-5
-HEAD_GAIN = 2.0
-"""Logit by which a token predicts itself at the start, where head and embedding are not tied."""
 
 
 # ── norms ──
@@ -275,7 +274,8 @@ class GPT(nn.Module):
         if self.position_embedding is not None:
             nn.init.normal_(self.position_embedding.weight, std=0.02 if config.tie_embeddings else 0.3)
         if not config.tie_embeddings:
-            self.head.weight.copy_(self.embedding.weight * HEAD_GAIN / config.width)
+            logit = math.log(max(2.0, config.vocab_size / 64))  # of a token for itself: adds 1/64 to the first loss
+            self.head.weight.copy_(self.embedding.weight * logit / config.width)
         for block in self.blocks:
             assert isinstance(block, Block)
             block.attention.start_as_copier(scale)

@@ -7,8 +7,10 @@ The module knows nothing about models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,8 +38,14 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
-        starts = None if self.starts is None else self.starts.to(device, non_blocking=True)
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), starts)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        starts = None if self.starts is None else change(self.starts)
+        return Batch(change(self.inputs), change(self.targets), starts)
 
 
 Segment = tuple[int, int]
@@ -118,12 +126,13 @@ class Batches:
         self.split, self.context, self.seed = split, context, seed
         self.rows_per_step = batch_tokens // context
         self.rows = PackedRows(split, context) if packing == "documents" else StreamRows(split, context, seed)
+        self.rows_of = lru_cache(4)(self._rows_of)  # asked for the tokens and for the batches of a step
 
     def epoch(self, step: int) -> float:
         """Passes over the data when ``step`` steps are done."""
         return step * self.rows_per_step / self.rows.count
 
-    def rows_of(self, step: int) -> list[list[Segment]]:
+    def _rows_of(self, step: int) -> list[list[Segment]]:
         """The segments of each row of a step, over all ranks."""
         number = np.arange(self.rows_per_step, dtype=np.int64) + step * self.rows_per_step
         found = []
@@ -167,6 +176,30 @@ class Batches:
             parts.append(self.split.read(start, here))
             start, count = 0, count - here
         return np.concatenate(parts)
+
+
+class Prefetch:
+    """Makes the batches of the next step on a thread of its own while this step computes, so that it never waits for them."""
+
+    def __init__(self, batches: Batches, pin: bool = False) -> None:
+        self.batches, self.pin = batches, pin  # pinned memory is copied to a GPU in the background
+        self.pool = ThreadPoolExecutor(1, "batches")
+        self.coming: tuple[tuple[int, int], Future[list[Batch]]] | None = None
+
+    def step(self, step: int, micro_batch: int) -> list[Batch]:
+        """The micro-batches of a step; those of the next one are begun."""
+        found = self.coming[1] if self.coming and self.coming[0] == (step, micro_batch) else None
+        made = found.result() if found else self._make(step, micro_batch)
+        self.coming = ((step + 1, micro_batch), self.pool.submit(self._make, step + 1, micro_batch))
+        return made
+
+    def close(self) -> None:
+        """End the thread."""
+        self.pool.shutdown(cancel_futures=True)
+
+    def _make(self, step: int, micro_batch: int) -> list[Batch]:
+        made = list(self.batches.micro_batches(step, micro_batch))
+        return [batch.pinned() for batch in made] if self.pin else made
 
 
 def mix(*parts: int) -> int:

@@ -231,10 +231,9 @@ void cross_entropy(T* logits, const int64_t* targets, float* losses, int64_t row
             float most = -std::numeric_limits<float>::infinity(), total = 0, wanted = load(l[target]);
 #pragma omp simd reduction(max : most)
             for (int64_t c = 0; c < vocab; c++) most = std::max(most, load(l[c]));
-            const float shift = most * LOG2_E;
 #pragma omp simd reduction(+ : total)
-            for (int64_t c = 0; c < vocab; c++) total += powers[c] = power_of_two(load(l[c]) * LOG2_E - shift);
-            losses[row] = std::log(total) + most - wanted;
+            for (int64_t c = 0; c < vocab; c++) total += powers[c] = power_of_two((load(l[c]) - most) * LOG2_E);
+            losses[row] = std::log(total) + (most - wanted);
             if (!with_slope) continue;
             float share = 1.0f / total;
 #pragma omp simd
@@ -475,11 +474,10 @@ inline float softmax_row(float* scores, T* powers, int64_t seen, int64_t count, 
     float most = UNSEEN, total = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < count; j++) most = std::max(most, scores[j]);
-    const float shift = most * scale;
 #pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < count; j++) total += scores[j] = power_of_two(scores[j] * scale - shift);
+    for (int64_t j = 0; j < count; j++) total += scores[j] = power_of_two((scores[j] - most) * scale);
     convert(scores, powers, count);
-    *log_sum = shift + std::log2(total);
+    *log_sum = most * scale + std::log2(total);
     return total;
 }
 

@@ -7,6 +7,7 @@ The trainer prints nothing: it tells a ``Display``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -25,7 +26,7 @@ import torch
 from smalllm import hardware
 from smalllm.checkpoint import Checkpoint, RunFolder, Snapshot, copy_weights, model_weights, no_space_left
 from smalllm.config import RunConfig, UserError, changed_settings
-from smalllm.data.batches import Batches
+from smalllm.data.batches import Batches, Prefetch
 from smalllm.data.prepare import PrepareProgress, prepare
 from smalllm.data.shards import TokenDataset
 from smalllm.evaluation import Evaluation, score_documents, storyworld_floor
@@ -156,6 +157,7 @@ class Trainer:
         self.batches = Batches(
             self.dataset.train, model.context, train.batch_tokens, self.config.seed, self.config.data.packing
         )
+        self.prefetch = Prefetch(self.batches, pin=self.runtime.device.type == "cuda")
         seed_everything(self.config.seed)
         self.model = GPT(model).to(self.runtime.device).train()
         self.optimizer = Optimizer(self.model, self.config.optim, self.runtime.device)
@@ -171,7 +173,7 @@ class Trainer:
 
     def fit(self) -> Summary:
         """Train to the end of the plan, or until stopped; returns how it went. The last checkpoint is always written."""
-        with self._signals():
+        with self._signals(), contextlib.closing(self.prefetch):
             self.begin()
             while not self.finished():
                 self.step()
@@ -238,7 +240,7 @@ class Trainer:
 
     def _accumulate(self, tokens: int) -> float:
         total = torch.zeros((), device=self.runtime.device)
-        for index, batch in enumerate(self.batches.micro_batches(self.state.step, self.micro_batch)):
+        for index, batch in enumerate(self.prefetch.step(self.state.step, self.micro_batch)):
             if self.config.model.dropout:
                 seed_everything(self.config.seed, self.state.step, index)
             with self.runtime.autocast():
