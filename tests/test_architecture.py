@@ -21,7 +21,7 @@ ORDER = [
     "generation", "evaluation", "preflight",
     "training.schedule", "training.optimizer", "training.objectives", "training.trainer",
     "plots", "api",
-    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.evaluate", "commands.plot", "commands.doctor",
+    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.evaluate", "commands.plot", "commands.bench", "commands.doctor",
     "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {

@@ -23,7 +23,12 @@ from smalllm.config import load_recipe, recipe_names
 from smalllm.data.storyworld import check, entropy_bits_per_byte, stories
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FENCE = re.compile(r"^ {0,3}```([a-z]*)[^\n]*\n(.*?)^ {0,3}```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|(?:src|href|srcset)=\"([^\"]+)\"")
 SHELLS = ("console", "bash", "sh", "shell")

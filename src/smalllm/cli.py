@@ -16,6 +16,7 @@ VERBS = {
     "chat": "Tell stories together with a model, also while it trains.",
     "evaluate": "Measure a model in bits per byte, with an interval.",
     "plot": "Draw loss and learning rate of runs.",
+    "bench": "Measure how fast this machine trains.",
     "doctor": "Check this installation and this machine.",
 }
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -91,6 +91,12 @@ def memory_now(device: torch.device) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Count ``peak_memory`` anew, where that can be done: on CUDA."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given, so that a clock tells the truth."""
     if device.type == "cuda":

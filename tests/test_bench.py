@@ -1,0 +1,139 @@
+"""`smalllm bench train`: what it prints, and that it measures the recipe's own step and nothing smaller."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from smalllm import hardware
+from smalllm.cli import run
+from smalllm.commands.bench import STEPS, TrainingBench, random_data
+from smalllm.config import load_recipe
+from smalllm.data.batches import IGNORE
+from smalllm.data.shards import TokenDataset
+from smalllm.model import GPT
+
+TINY = [
+    "model.layers=1", "model.width=32", "model.heads=2", "model.context=64", "train.batch_tokens=512", "train.micro_batch=2",
+    "train.compile=off", "train.precision=fp32", "train.device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, and a peak that takes no time: 1 GFLOP/s."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hardware, "peak_flops", PeakOfPaper())
+    return tmp_path
+
+
+class PeakOfPaper:
+    """Stands for ``hardware.peak_flops``, cache included."""
+
+    def __call__(self, device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
+        return 1e9
+
+    def cache_clear(self) -> None: ...
+
+
+def tiny_bench(folder: Path, *overrides: str) -> TrainingBench:
+    return TrainingBench(load_recipe("quickstart", [*TINY, *overrides]), folder)
+
+
+def test_json_holds_the_figures_of_the_contract(nowhere: Path, capsys: pytest.CaptureFixture):
+    assert run(["bench", "train", "smolergpt-12m", *TINY, "--seconds", "0.1", "--json"]) == 0
+    captured = capsys.readouterr()
+    figures = json.loads(captured.out)
+    assert list(figures) == [
+        "tokens_per_second", "mfu", "peak_flops", "flops_per_token", "first_step_seconds", "memory_bytes",
+    ]  # fmt: skip
+    assert all(value > 0 for value in figures.values())
+    config = load_recipe("smolergpt-12m", TINY).model
+    assert figures["flops_per_token"] == GPT(config).flops_per_token()
+    assert figures["peak_flops"] == 1e9
+    assert figures["mfu"] == pytest.approx(figures["tokens_per_second"] * figures["flops_per_token"] / 1e9, abs=1e-4)
+    assert "smolergpt-12m: 1 layers x 32 wide" in captured.err and list(nowhere.iterdir()) == []
+
+
+def test_a_person_reads_a_table(nowhere: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run(["bench", "train", *TINY, "--seconds", "0.01"]) == 0
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    assert [line.split("  ")[0] for line in captured.out.splitlines()] == [
+        "speed", "MFU", "arithmetic", "first step", "memory", "a step", "machine",
+    ]  # fmt: skip
+    assert "of 1 GFLOP/s" in captured.out and "1 x 2 x 64 tokens" in captured.out
+    assert "1 of the recipe's 4 micro-batches" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["train", "nosuch"], 1, "no recipe is called 'nosuch'"),
+        (["train", "quickstart", "model.widht=3"], 1, "did you mean 'model.width'"),
+        (["train", "--seconds", "0"], 1, "--seconds 0 must be"),
+        (["train", "--seconds", "inf"], 1, "--seconds inf must be"),
+        (["train", "--seconds", "soon"], 2, "soon"),
+        (["decode"], 2, '"decode"'),
+        ([], 2, "WHAT"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words: list[str], code: int, sentence: str, capsys: pytest.CaptureFixture):
+    assert run(["bench", *words]) == code
+    captured = capsys.readouterr()
+    assert sentence in captured.err and "Traceback" not in captured.err and captured.out == ""
+
+
+def test_a_step_is_the_trainers_own(nowhere: Path):
+    measured = tiny_bench(nowhere)
+    before = {name: tensor.clone() for name, tensor in measured.trainer.model.state_dict().items()}
+    measured.take(3)
+    seconds, tokens = measured.step()
+    assert seconds > 0 and tokens == 3 * 2 * 64 == measured.trainer.state.tokens
+    after = measured.trainer.model.state_dict()
+    assert measured.trainer.state.step == 1 and any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_micro_batches_and_compilation_are_chosen_for_the_whole_step(nowhere: Path):
+    """The recipe's batch decides, although a measured step is a part of it."""
+    measured = tiny_bench(nowhere, "train.micro_batch=0", "train.batch_tokens=65536")
+    assert measured.trainer.config.train.batch_tokens == 65536
+    assert measured.micro_batches == 1 and measured.trainer.micro_batch == 4096 // 64
+    assert measured.recipe_micro_batches == 65536 // 4096
+
+
+@pytest.mark.parametrize(("seconds", "micro_batches"), [(1e-9, 1), (10 * STEPS, 4), (2 * STEPS, 2)])
+def test_a_step_has_as_many_micro_batches_as_fit(nowhere: Path, monkeypatch, seconds: float, micro_batches: int):
+    """Steps that last a second for each micro-batch: at least five of them, and never more than the recipe's."""
+    measured = tiny_bench(nowhere)
+    monkeypatch.setattr(measured, "step", lambda: (float(measured.micro_batches), 128 * measured.micro_batches))
+    speed = measured.speed(seconds)
+    assert measured.micro_batches == micro_batches and speed.tokens_per_second == 128.0
+    assert measured.steps == max(STEPS, -(-seconds // micro_batches))
+
+
+def test_figures_are_medians_of_the_steps(nowhere: Path, monkeypatch):
+    measured = tiny_bench(nowhere)
+    took = [9.0, 1.0, 1.0, 2.0, 4.0, 50.0, 1.0]  # the first two are not measured
+    monkeypatch.setattr(measured, "step", lambda seconds=iter(took): (next(seconds), 100))
+    assert measured.speed(1e-9).tokens_per_second == statistics.median(100 / each for each in took[2:]) == 50.0
+
+
+def test_every_random_token_is_a_target(tmp_path: Path):
+    dataset = TokenDataset.open(random_data(tmp_path / "data", vocab_size=70_000, context=64))
+    documents = list(dataset.train.iterate_documents())
+    assert {len(document) for document in documents} == {65} and dataset.manifest.vocab_size == 70_000
+    assert max(int(document.max()) for document in documents) > 65_536
+    measured = tiny_bench(tmp_path / "bench")
+    batch = next(measured.trainer.batches.micro_batches(0, 2))
+    assert batch.inputs.shape == (2, 64) and not bool((batch.targets == IGNORE).any())
+
+
+def test_random_data_is_the_same_again(tmp_path: Path):
+    folders = [random_data(tmp_path / name, 300, 16) for name in ("a", "b")]
+    assert len({TokenDataset.open(folder).fingerprint for folder in folders}) == 1

@@ -1,0 +1,209 @@
+"""The scripts in benchmarks/: they start, they measure a tiny shape, and what they print is what they measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from smalllm import hardware
+from smalllm.config import RunConfig, UserError, load_recipe
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+TINY = """
+[model]
+layers = 1
+width = 32
+heads = 2
+context = 32
+vocab_size = 300
+activation = "gelu"
+norm = "layernorm"
+positions = "{positions}"
+{bias}
+[train]
+steps = 10
+batch_tokens = 64
+"""
+PEER = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    def forward(self, idx, targets):
+        logits = self.table(idx)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def load(name: str) -> ModuleType:
+    """A script as a module."""
+    path = next(path for path in SCRIPTS if path.stem == name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of starcoder2 shape that takes a moment."""
+    (tmp_path / "tiny.toml").write_text(TINY.format(positions="rope", bias="bias = true"))
+    return tmp_path / "tiny.toml"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_explains_itself(script: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        load(script.stem).main(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and f"uv run python benchmarks/{script.name}" in said
+    assert f"## {script.name}" in (script.parent / "README.md").read_text()
+
+
+def test_cost_growth_measures_draws_and_tells(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    files = ["--json", str(tmp_path / "c.json"), "--png", str(tmp_path / "c.png")]
+    asked = [
+        "--base",
+        str(recipe),
+        "--tokens",
+        "64",
+        "--seconds",
+        "0.01",
+        "--vocabularies",
+        "--sizes",
+        "--contexts",
+        "16",
+    ]
+    assert load("cost_growth").main([*asked, *files]) == 0
+    told = capsys.readouterr().out.splitlines()
+    (figures,) = json.loads((tmp_path / "c.json").read_text())
+    assert len(told) == 3 and told[2].startswith("| context | 16 | 300 | 1 x 32 |")
+    assert figures["tokens_per_second"] > 0 and figures["place"] == 16 and figures["parameters"] > 300 * 32
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_points_differ_in_what_their_panel_says():
+    growth = load("cost_growth")
+    points = list(growth.points(growth.parser().parse_args([])))
+    assert [point.place() for point in points if point.panel == "context"] == list(growth.CONTEXTS)
+    assert [point.place() for point in points if point.panel == "vocabulary"] == list(growth.VOCABULARIES)
+    sizes = [point.place() for point in points if point.panel == "parameters"]
+    assert sizes == sorted(sizes) and 1.5e6 < sizes[0] < 2.5e6 and 110e6 < sizes[-1] < 125e6
+    for point in points:
+        train = point.config().train
+        assert train.batch_tokens == 4096 == train.micro_batch * point.config().model.context
+    with pytest.raises(UserError, match="LAYERSxWIDTH"):
+        growth.shape_of("big")
+
+
+def test_a_point_that_fails_is_one_sentence(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    growth = load("cost_growth")
+    failed = subprocess.CompletedProcess([], 1, "", "some note\nerror: out of memory\n")
+    monkeypatch.setattr(growth.subprocess, "run", lambda *words, **options: failed)
+    with pytest.raises(UserError, match="model.context=16: error: out of memory"):
+        growth.measure(growth.Point("context", str(recipe), ("model.context=16",)), 1.0)
+
+
+def test_impossible_points_show_before_the_first_is_measured(recipe: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(UserError, match="multiple of the context 24"):
+        load("cost_growth").main(["--base", str(recipe), "--tokens", "64", "--contexts", "16", "24"])
+    with pytest.raises(UserError, match="model.width = 193 must be divisible by model.heads"):
+        load("cost_growth").main(["--sizes", "1x193", "--contexts"])
+    assert capsys.readouterr().out == ""
+
+
+def test_throughput_races_a_process_of_its_own(recipe: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_flops", cache(lambda device, dtype: 1e9))
+    files = ["--json", str(tmp_path / "t.json")]
+    asked = ["--shapes", f"{recipe}:2", "--contenders", "smalllm", "--repeats", "2"]
+    assert load("train_throughput").main([*asked, *files]) == 0
+    told = capsys.readouterr().out
+    (shape,) = json.loads((tmp_path / "t.json").read_text())["shapes"]
+    (result,) = shape["results"]
+    assert "vocabulary 300, micro-batch 2" in told and "| smalllm | 0.02 M |" in told
+    assert len(result["seconds"]) == 2 == len(shape["peak_flops"]["bf16"]) and result["relative"] == 1.0
+    assert result["tokens_per_second"] == pytest.approx(2 * 64 / sum(result["seconds"]))
+    assert result["loss"] == pytest.approx(5.7, abs=0.2)  # ln 300
+
+
+def test_a_contender_that_fails_says_why(recipe: Path, tmp_path: Path):
+    throughput = load("train_throughput")
+    with pytest.raises(UserError, match="nanogpt-fp32 failed: .*model.py"):
+        throughput.race(throughput.Shape(str(recipe), 2), ["nanogpt-fp32"], 1, tmp_path / "missing")
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("name", ["transformers-fp32", "transformers-bf16", "nanogpt-fp32"])
+def test_peers_learn(name: str, positions: str, tmp_path: Path):
+    """Their loops train: the same batch again and again is known by heart."""
+    (tmp_path / "tiny.toml").write_text(TINY.format(positions=positions, bias=""))
+    (tmp_path / "model.py").write_text(PEER)
+    throughput = load("train_throughput")
+    shape = throughput.Shape(str(tmp_path / "tiny.toml"), 2)
+    config = shape.config().replace(optim={"lr": 0.1})
+    torch.manual_seed(0)
+    batches = throughput.random_batches(config, tmp_path / "first", torch.device("cpu"))
+    same = next(batches)
+    throughput.random_batches = lambda *ignored: iter(lambda: same, None)
+    contender = throughput.make_contender(name, config, tmp_path / "second", tmp_path)
+    losses = [contender.step() for _ in range(12)]
+    assert losses[0] == pytest.approx(5.7, abs=1.5) and losses[-1] < 0.8 * losses[0]
+    assert contender.parameters >= 300 * 32
+
+
+def test_peers_have_the_shape(tmp_path: Path):
+    """Starcoder2 has SmallLM's parameters exactly; GPT-2 has biases besides."""
+    throughput = load("train_throughput")
+    for recipe, beside in (("smalllm-20m", 0), ("smolergpt-12m", (6 * (3 + 1 + 4 + 1 + 2) + 1) * 384)):
+        shape = load_recipe(recipe).model
+        with torch.device("meta"):
+            peer, own = throughput.transformers_model(shape), throughput.GPT(shape)
+        assert sum(parameter.numel() for parameter in peer.parameters()) == own.parameters_count() + beside
+
+
+def test_all_contenders_see_the_same_tokens(recipe: Path, tmp_path: Path):
+    throughput = load("train_throughput")
+    config: RunConfig = throughput.Shape(str(recipe), 2).config()
+    ours = throughput.TrainingBench(
+        config.replace(train={"compile": "off", "device": "cpu"}), tmp_path / "ours"
+    ).trainer
+    theirs = throughput.random_batches(config, tmp_path / "theirs", torch.device("cpu"))
+    for step in range(3):
+        assert torch.equal(next(ours.batches.micro_batches(step, 2)).inputs, next(theirs).inputs)
+
+
+@pytest.mark.parametrize("text", ["smalllm-20m", "smalllm-20m:", ":8", "smalllm-20m:0", "smalllm-20m:many"])
+def test_a_shape_that_cannot_be_read_is_one_sentence(text: str):
+    with pytest.raises(UserError, match="write RECIPE:MICRO_BATCH"):
+        load("train_throughput").Shape.parse(text)
+
+
+def test_nanogpt_needs_its_folder(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        load("train_throughput").main(["--contenders", "nanogpt-fp32"])
+    assert ended.value.code == 2 and "--nanogpt FOLDER" in capsys.readouterr().err
