@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -262,3 +263,20 @@ def test_documents_in_one_row_are_read_as_if_alone(name: str):
     torch.testing.assert_close(packed[:, :cut], model.hidden(ids[:, :cut]), atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(packed[:, cut:], model.hidden(ids[:, cut:]), atol=2e-5, rtol=1e-4)
     assert not torch.allclose(packed[:, cut:], model.hidden(ids)[:, cut:], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_flex_attention_keeps_documents_apart_as_the_mask_does(name: str):
+    """What a GPU does, without its compiled kernels."""
+    model = stirred(SHAPES[name])
+    ids = ids_for(model.config)
+    cut = ids.shape[1] // 2
+    starts = torch.zeros(ids.shape, dtype=torch.int32)
+    starts[0, cut:], starts[-1, 1:] = cut, 1
+    expected = model.hidden(ids, starts=starts)
+    model.flex = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is slow uncompiled
+        found = model.hidden(ids, starts=starts)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from smalllm.config import ModelConfig
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask  # half a second to import
+
+Visible: TypeAlias = "Tensor | BlockMask | None"
 NORM_EPS = 1e-5
 
 
@@ -117,7 +122,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        visible: Tensor | None = None,
+        visible: Visible = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
@@ -150,11 +155,15 @@ class Attention(nn.Module):
         copied = values.repeat_interleave(repeats, dim=0) / repeats
         self.out.weight.copy_(scale * copied.flatten(0, 1).T)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        """softmax(q k' / sqrt(D)) v, causal where ``visible`` [B, 1, T, keys] is None."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+        """softmax(q k' / sqrt(D)) v, causal where ``visible`` (a mask [B, 1, T, keys], or its blocks) is None."""
         k, v = k.to(q.dtype), v.to(q.dtype)
         if self.heads != self.kv_heads:
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+        if visible is not None and not isinstance(visible, Tensor):
+            from torch.nn.attention.flex_attention import flex_attention
+
+            return flex_attention(q, k, v, block_mask=visible)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None)
 
@@ -165,6 +174,17 @@ def _visible(positions: Tensor, keys: int, starts: Tensor | None = None) -> Tens
     key = torch.arange(keys, device=positions.device)
     seen = key <= positions[:, :, None]
     return (seen if starts is None else seen & (key >= starts[:, :, None]))[:, None]
+
+
+def _visible_blocks(starts: Tensor) -> BlockMask:
+    """The same for whole rows, in blocks that FlexAttention skips when nothing in them is seen (Dong et al., arXiv
+    2412.05496)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= starts[batch, query])
+
+    return create_block_mask(sees, starts.shape[0], None, starts.shape[1], starts.shape[1], device=str(starts.device))
 
 
 # ── MLP ──
@@ -205,7 +225,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        visible: Tensor | None = None,
+        visible: Visible = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
@@ -232,6 +252,7 @@ class GPT(nn.Module):
         self.config = config
         self.recompute = False
         self.fused: Fused | None = None
+        self.flex = False  # documents apart by FlexAttention: fast when compiled for a GPU
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -301,7 +322,9 @@ class GPT(nn.Module):
         if self.fused is not None and cache is None:
             return self.fused(self, x, starts)
         rope = self._rope(inside)
-        visible = None if starts is None else _visible(where.expand(ids.shape), ids.shape[1], starts)
+        visible: Visible = None
+        if starts is not None:
+            visible = _visible_blocks(starts) if self.flex else _visible(where.expand(ids.shape), ids.shape[1], starts)
         for block in self.blocks:
             if self.recompute and self.training:
                 x = checkpoint(block, x, rope, visible, use_reentrant=False)

@@ -130,6 +130,7 @@ def compile_blocks(model: GPT, device: torch.device) -> tuple[Execution, str]:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "no CUDA runtime" on a CPU is no news
     for block in model.blocks:
         block.compile()
+    model.flex = device.type == "cuda" and not model.config.dropout
     return "compiled", ""
 
 
@@ -137,6 +138,7 @@ def forget_compiled(model: GPT) -> None:
     """Fall back to eager execution for good, after a compiler error."""
     for block in model.blocks:
         block._compiled_call_impl = None
+    model.flex = False
 
 
 @dataclass(frozen=True)
