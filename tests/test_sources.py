@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import sys
 import tarfile
 import tracemalloc
@@ -20,6 +21,7 @@ from pyarrow import parquet
 from smalllm.config import UserError
 from smalllm.data import sources
 from smalllm.data.sources import Counts, documents, open_source, passages
+from smalllm.data.storyworld import log2_probability
 
 SEPARATOR = "<|endoftext|>\n"
 TEXTS = [
@@ -222,6 +224,14 @@ def test_counts(tmp_path):
     assert (counts.read, counts.empty, counts.kept) == (3, 1, 2)
 
 
+def test_the_small_story_world_is_a_source_too():
+    source = open_source("storyworld-small:50")
+    assert (source.name, source.validation) == ("storyworld-small:50", "storyworld-small:2@1000000000")
+    small, whole = list(documents("storyworld-small:5")), list(documents("storyworld:5"))
+    assert len(small) == 5 and not set(small) & set(whole)
+    assert all(math.isfinite(log2_probability(text, small=True)) for text in [*small, *documents(source.validation)])
+
+
 def test_storyworld_is_a_source_with_validation_of_its_own():
     source = open_source("storyworld:50")
     assert source.name == "storyworld:50" and source.validation == "storyworld:2@1000000000"
@@ -282,6 +292,7 @@ def test_bad_sources_are_named_in_one_sentence(tmp_path):
     assert "holds no text files" in sentence(str(tmp_path / "*.txt"))
     assert "needs a number of stories" in sentence("storyworld:many")
     assert "needs a number of stories" in sentence("storyworld:0")
+    assert "as in storyworld-small:100000" in sentence("storyworld-small:x")
     assert "cannot be read" in sentence("a\0b") or "does not exist" in sentence("a\0b")
     assert "num_files=2 does not apply" in sentence("storyworld", num_files=2)
     for options, words in (

@@ -378,3 +378,51 @@ def test_what_is_no_story_has_no_probability(told: list[world.Story]) -> None:
     with pytest.raises(ValueError, match=r"character \d+: (helper|names)"):
         text, found = _story_of("lost and found", r"named (?P<x>\w+).* \w+, (?P<y>(?P=x))[!\"]")
         world.log2_probability(_swap(text, found, "y", "Lily" if found["y"] != "Lily" else "Tom"))
+
+
+# --- The small world ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> list[world.Story]:
+    return [world.story(7, index, small=True) for index in range(1_500)]
+
+
+def test_the_small_world_has_few_plots_and_words(small: list[world.Story]) -> None:
+    assert Counter(story.plot for story in small).keys() == set(world.PLOTS[: world.SMALL_PLOTS])
+    girls, boys = ({entry["cap"] for entry in world.TABLES[table]} for table in ("girls", "boys"))
+    named = {word for story in small for word in re.findall(r"[A-Z][a-z]+", story.text)}
+    assert len(named & girls) == len(named & boys) == world.SMALL
+    everywhere = {word for index in range(1_500) for word in world.story(7, index).text.split()}
+    assert len({word for story in small for word in story.text.split()}) < 0.7 * len(everywhere)
+
+
+def test_the_small_world_is_a_part_of_the_whole_one(small: list[world.Story]) -> None:
+    for story in small[:300]:
+        report = world.check(story.text)
+        assert report.consistent and report.plot == story.plot
+        assert report.small_log2_probability == pytest.approx(story.log2_probability, abs=1e-9)
+        assert report.log2_probability is not None and report.log2_probability < story.log2_probability
+
+
+def test_the_small_world_lacks_most_stories_of_the_whole_one(told: list[world.Story]) -> None:
+    assert all(world.log2_probability(story.text, small=True) == -math.inf for story in told[:200])
+    assert all(math.isfinite(world.log2_probability(story.text)) for story in told[:200])
+
+
+def test_the_entropy_of_small_stories_is_that_of_the_small_world(
+    small: list[world.Story], told: list[world.Story]
+) -> None:
+    texts = [story.text for story in small]
+    bits = -sum(story.log2_probability for story in small)
+    assert world.entropy_bits_per_byte(texts) == pytest.approx(bits / sum(map(len, texts)))
+    mixed = [*texts[:10], told[0].text]
+    assert world.entropy_bits_per_byte(mixed) == pytest.approx(
+        -sum(map(world.log2_probability, mixed)) / sum(map(len, mixed))
+    )
+
+
+def test_small_stories_repeat_more_often_than_chance_allows_the_others(small: list[world.Story]) -> None:
+    """Their mean information is the lower one by far, as their probabilities say."""
+    mean = statistics.mean(-story.log2_probability for story in small)
+    assert 100 < mean < 0.85 * world.STORY.bits

@@ -109,7 +109,7 @@ class DataConfig(Section):
 
     path: str = Field("", description="folder of prepared data; empty: data/<name of the recipe>")
     source: str = Field(
-        "", description="storyworld[:STORIES], tinystories, hf://..., or files; prepared when path is missing"
+        "", description="storyworld[-small][:STORIES], tinystories, hf://..., or files; prepared when path is missing"
     )
     valid: str = Field(
         "", description="source of the validation documents; empty: the source's own, else a fraction is split off"

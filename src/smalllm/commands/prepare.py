@@ -56,7 +56,7 @@ def prepare(
     Parameters
     ----------
     sources
-        storyworld[:STORIES], tinystories, hf://datasets/OWNER/NAME[/FILE], a file, a folder, a glob
+        storyworld[-small][:STORIES], tinystories, hf://datasets/OWNER/NAME[/FILE], a file, a folder, a glob
         (.txt .jsonl .csv .parquet .json .gz), or - for standard input. In .txt a line <|endoftext|> separates
         documents; without one, a file is a document, and a single long document is cut at paragraphs.
     out

@@ -49,6 +49,7 @@ UNSEPARATED_CHARACTERS = 8_000_000
 LONGEST_DOCUMENT = 1 << 28  # characters; a compressed bomb must end as an error
 HEAD_BYTES = 8192
 DEFAULT_STORIES = 100_000
+WORLDS = ("storyworld", "storyworld-small")
 HELD_OUT_START = 1_000_000_000  # validation stories of storyworld are numbered from here, whatever the size of training
 TINYSTORIES = "hf://datasets/roneneldan/TinyStories/TinyStoriesV2-GPT4-{}.txt"
 INSTEAD = "use `storyworld`, which is built in, or give a local file"
@@ -144,10 +145,10 @@ def open_source(source: str, *, num_files: int | None = None) -> Source:
     """Find what a SOURCE word names, downloading from the hub what is not cached; UserError when there is none."""
     _check_selection(1.0, None, num_files)
     word, _, rest = source.partition(":")
-    if word == "storyworld" or source == "-":
+    if word in WORLDS or source == "-":
         if num_files is not None:
             raise UserError(f"num_files={num_files} does not apply to the source {source}; leave it out or use limit")
-        return Source("-") if source == "-" else _storyworld(rest)
+        return Source("-") if source == "-" else _storyworld(word, rest)
     if source == "tinystories":
         return _hub_source("tinystories", TINYSTORIES.format("train"), num_files, TINYSTORIES.format("valid"))
     if source.startswith("hf://"):
@@ -202,23 +203,20 @@ def _read(source: Source, seed: int) -> Iterator[str]:
     elif source.stories is not None:
         from smalllm.data.storyworld import stories
 
-        yield from stories(seed=seed, start=source.stories.start, count=len(source.stories))
+        small = source.name.startswith(WORLDS[1])
+        yield from stories(seed=seed, start=source.stories.start, count=len(source.stories), small=small)
     for path in source.paths:
         yield from _read_path(path, source.members)
 
 
-def _storyworld(rest: str) -> Source:
-    """`storyworld[:STORIES[@START]]`; its validation stories are as many as 2 % of it."""
+def _storyworld(world: str, rest: str) -> Source:
+    """`WORLD[:STORIES[@START]]`; its validation stories are as many as 2 % of it."""
     match = re.fullmatch(r"(\d{1,9})(?:@(\d{1,12}))?", rest or str(DEFAULT_STORIES))
     if match is None or int(match[1]) == 0:
-        raise UserError(
-            f"source storyworld:{rest} needs a number of stories from 1, as in storyworld:{DEFAULT_STORIES}"
-        )
+        raise UserError(f"source {world}:{rest} needs a number of stories from 1, as in {world}:{DEFAULT_STORIES}")
     count, start = int(match[1]), int(match[2] or 0)
-    name = f"storyworld:{count}" + (f"@{start}" if start else "")
-    return Source(
-        name, stories=range(start, start + count), validation=f"storyworld:{count // 50 + 1}@{HELD_OUT_START}"
-    )
+    name = f"{world}:{count}" + (f"@{start}" if start else "")
+    return Source(name, stories=range(start, start + count), validation=f"{world}:{count // 50 + 1}@{HELD_OUT_START}")
 
 
 def _local_paths(source: str) -> list[Path]:

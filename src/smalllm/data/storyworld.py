@@ -860,6 +860,16 @@ def _tables() -> dict[str, tuple[Entry, ...]]:
 
 
 TABLES = _tables()
+SMALL = 8
+"""Words of each table that the small world has: its first ones."""
+SMALL_PLOTS = 4
+"""Plots of the small world: the first ones."""
+
+
+def _small(table: str) -> tuple[Entry, ...]:
+    if table in UNIONS:
+        return tuple(itertools.chain.from_iterable(_small(member) for member in UNIONS[table]))
+    return TABLES[table][:SMALL]
 
 
 def _group(table: str) -> tuple[str, str]:
@@ -916,9 +926,10 @@ class Violation:
 
 
 class Teller:
-    """Writes a story: the text so far, what is remembered, and the bits of the choices made."""
+    """Writes a story, of the small world if asked: the text so far, what is remembered, and the bits of the choices made."""
 
-    def __init__(self, draw: random.Random) -> None:
+    def __init__(self, draw: random.Random, small: bool = False) -> None:
+        self.small = small
         # int(random() * n) is uniform over n alternatives up to a bias below n / 2**53.
         self.random = draw.random
         self.text: list[str] = []
@@ -928,13 +939,14 @@ class Teller:
 
 
 class Reader:
-    """Follows a text: the position reached, what is remembered, the bits so far and the contradictions met."""
+    """Follows a text: the position reached, what is remembered, the contradictions met, and the bits so far, in the whole
+    world and in the small one (infinite where the small one lacks a word)."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
         self.world: dict[str, Entry] = {}
-        self.bits = 0.0
+        self.bits = self.small_bits = 0.0
         self.plot: str | None = None
         self.violations: list[Violation] = []
         # The failure furthest into the text: the alternatives tried in vain before and after it say less.
@@ -1037,6 +1049,8 @@ class Pick(Slot):
         self.table, self.entries, self.variable, self.others = table, TABLES[table], variable, others
         self.size = len(self.entries)
         self.bits = math.log2(self.size - len(others))
+        self.few = _small(table)
+        self.few_bits = math.log2(len(self.few) - len(others))
 
     @cached_property
     def pool(self) -> dict[str, Entry]:
@@ -1048,15 +1062,16 @@ class Pick(Slot):
         return super().surfaces if tolerant else frozenset(self.pool)
 
     def tell(self, teller: Teller) -> None:
-        entry = self.entries[int(teller.random() * self.size)]
+        entries = self.few if teller.small else self.entries
+        entry = entries[int(teller.random() * len(entries))]
         if self.others:
             taken = [teller.world[other] for other in self.others]
             while any(entry is other for other in taken):
-                entry = self.entries[int(teller.random() * self.size)]
+                entry = entries[int(teller.random() * len(entries))]
         if self.variable:
             teller.world[self.variable] = entry
         teller.text.append(entry[self.form])
-        teller.bits += self.bits
+        teller.bits += self.few_bits if teller.small else self.bits
 
     def read(self, reader: Reader) -> bool:
         found = self.match(reader)
@@ -1071,6 +1086,7 @@ class Pick(Slot):
             reader.world[self.variable] = entry
         reader.at += len(found)
         reader.bits += self.bits
+        reader.small_bits += self.few_bits if any(entry is known for known in self.few) else math.inf
         return True
 
 
@@ -1105,20 +1121,24 @@ class Rule:
         self.name = name
         self.alternatives = [tuple(alternative) for alternative in alternatives]
         self.choice = math.log2(len(self.alternatives))
+        self.few = self.alternatives[:SMALL_PLOTS] if name == "plot" else self.alternatives
         self.bits = self.choice + sum(e.bits for a in self.alternatives for e in a) / len(self.alternatives)
 
     def tell(self, teller: Teller) -> None:
-        teller.bits += self.choice
-        for element in self.alternatives[int(teller.random() * len(self.alternatives))]:
+        alternatives = self.few if teller.small else self.alternatives
+        teller.bits += math.log2(len(alternatives))
+        for element in alternatives[int(teller.random() * len(alternatives))]:
             element.tell(teller)
 
     def read(self, reader: Reader) -> bool:
-        at, bits, violations = reader.at, reader.bits, len(reader.violations)
+        at, bits, violations = reader.at, (reader.bits, reader.small_bits), len(reader.violations)
         for alternative in self.alternatives:
             if all(element.read(reader) for element in alternative):
                 reader.bits += self.choice
+                known = alternative in self.few
+                reader.small_bits += math.log2(len(self.few)) if known else math.inf
                 return True
-            reader.at, reader.bits = at, bits
+            reader.at, (reader.bits, reader.small_bits) = at, bits
             del reader.violations[violations:]
         return False
 
@@ -1308,12 +1328,14 @@ class Story:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found; plot and probability are None when they cannot be known."""
+    """What `check` found; plot and probability are None when they cannot be known. The probability in the small world is
+    that of the same text there: -infinity when it has a word that the small world lacks."""
 
     parses: bool
     violations: tuple[Violation, ...]
     plot: str | None
     log2_probability: float | None
+    small_log2_probability: float | None = None
 
     @property
     def consistent(self) -> bool:
@@ -1321,23 +1343,23 @@ class Report:
         return self.parses and not self.violations
 
 
-def _tell(seed: int, index: int) -> Teller:
+def _tell(seed: int, index: int, small: bool = False) -> Teller:
     """One story. A source of its own for each makes it independent of all others."""
-    teller = Teller(random.Random(f"{WORLD_VERSION}:{seed}:{index}"))
+    teller = Teller(random.Random(f"{WORLD_VERSION}:{seed}:{index}"), small)
     STORY.tell(teller)
     return teller
 
 
-def story(seed: int, index: int) -> Story:
-    """Story number `index` of `seed`; the same on every machine."""
-    teller = _tell(seed, index)
+def story(seed: int, index: int, small: bool = False) -> Story:
+    """Story number `index` of `seed`; the same on every machine. The small world has the same plots and fewer words."""
+    teller = _tell(seed, index, small)
     return Story("".join(teller.text), teller.plot, -teller.bits)
 
 
-def stories(seed: int = 42, start: int = 0, count: int | None = None) -> Iterator[str]:
+def stories(seed: int = 42, start: int = 0, count: int | None = None, small: bool = False) -> Iterator[str]:
     """The texts of `count` stories from number `start` on, without end when `count` is None."""
     for index in itertools.count(start) if count is None else range(start, start + count):
-        yield "".join(_tell(seed, index).text)
+        yield "".join(_tell(seed, index, small).text)
 
 
 def opening(seed: int, index: int) -> str:
@@ -1356,7 +1378,9 @@ def check(text: str) -> Report:
         plot, violations = reader.met
         grammar = Violation("grammar", reader.furthest, _unreadable(reader))
         return Report(False, (*violations, grammar), plot, None)
-    return Report(True, tuple(reader.violations), reader.plot, None if reader.violations else -reader.bits)
+    if reader.violations:
+        return Report(True, tuple(reader.violations), reader.plot, None)
+    return Report(True, (), reader.plot, -reader.bits, -reader.small_bits)
 
 
 def _unreadable(reader: Reader) -> str:
@@ -1364,29 +1388,30 @@ def _unreadable(reader: Reader) -> str:
     return f"expected {reader.wanted}, found {ascii(there) if there else 'the end of the text'}"
 
 
-def log2_probability(text: str) -> float:
-    """Log2 of the probability of exactly this text.
+def log2_probability(text: str, small: bool = False) -> float:
+    """Log2 of the probability of exactly this text, -infinity when the small world lacks one of its words.
 
     Raises:
         ValueError: the text is not a consistent story of this world; the message says where and why.
     """
     report = check(text)
-    if report.log2_probability is None:
+    found = report.small_log2_probability if small else report.log2_probability
+    if found is None:
         first = report.violations[0]
         raise ValueError(f"not a story of this world at character {first.position}: {first.kind}, {first.message}")
-    return report.log2_probability
+    return found
 
 
 def entropy_bits_per_byte(texts: Iterable[str]) -> float:
-    """Bits of information per UTF-8 byte of the stories: what no model can be better than.
+    """Bits of information per UTF-8 byte of the stories: what no model can be better than. Stories that are all of the
+    small world are measured by that.
 
     Raises:
         ValueError: there is no text, or one that is not a consistent story of this world.
     """
-    bits = size = 0.0
-    for text in texts:
-        bits -= log2_probability(text)
-        size += len(text.encode())
+    texts = list(texts)
+    size = sum(len(text.encode()) for text in texts)
     if not size:
         raise ValueError("there are no stories to measure")
-    return bits / size
+    small = -sum(log2_probability(text, small=True) for text in texts)
+    return (small if small < math.inf else -sum(log2_probability(text) for text in texts)) / size
