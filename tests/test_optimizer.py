@@ -7,7 +7,7 @@ import torch
 
 from smalllm.config import ModelConfig, OptimConfig, UserError
 from smalllm.model import GPT
-from smalllm.training.optimizer import Muon, Optimizer, block_matrices, decay_groups, orthogonalize
+from smalllm.training.optimizer import POLAR, QUINTIC, Muon, Optimizer, block_matrices, decay_groups, orthogonalize
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, context=16, vocab_size=64, qk_norm=True)
@@ -68,7 +68,7 @@ def test_muon_equals_torchs(shape: tuple[int, int]):
     start = [torch.randn(shape, generator=generator) for _ in range(3)]
     ours = [torch.nn.Parameter(w.clone()) for w in start]
     theirs = [torch.nn.Parameter(w.clone()) for w in start]
-    optimizer = Muon(ours, {}, lr=0.02, weight_decay=0.1)
+    optimizer = Muon(ours, {}, lr=0.02, weight_decay=0.1, polynomials=QUINTIC)
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
     for _ in range(3):
         for mine, other in zip(ours, theirs, strict=True):
@@ -93,11 +93,16 @@ def test_stacked_matrices_are_orthogonalized_one_by_one():
     torch.testing.assert_close(whole.detach(), torch.cat([part.detach() for part in parts]), atol=1e-2, rtol=1e-2)
 
 
-def test_orthogonalized_matrices_have_singular_values_near_one():
-    values = torch.linalg.svdvals(
-        orthogonalize(torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(0))).float()
-    )
-    assert values.min() > 0.6 and values.max() < 1.3
+@pytest.mark.parametrize(("polynomials", "low", "high"), [(QUINTIC, 0.65, 1.25), (POLAR, 0.7, 1.3)])
+def test_orthogonalized_matrices_have_singular_values_near_one(polynomials, low: float, high: float):
+    """From 0.01 of the matrix's norm on, as the coefficients promise; the vectors stay what they were."""
+    left, _ = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0)))
+    right, _ = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))
+    values = torch.logspace(-1.6, 0, 48)
+    found = orthogonalize((left * values @ right[:48])[None], polynomials)[0].float()
+    assert values.min() / values.norm() > 0.005
+    diagonal = (left.T @ found @ right[:48].T).diagonal()
+    assert low < diagonal[8:].min() and diagonal.max() < high  # the first lie below 0.01
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
