@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from smalllm.config import OptimConfig, UserError
 from smalllm.model import GPT, MLP, Attention
@@ -25,7 +26,47 @@ POLAR: Polynomials = ((8.0933, -23.6200, 17.4456), (3.6365, -2.7218, 0.5365), (2
 singular values from 0.01 to 1 come to lie in 0.73 ... 1.27 after three iterations instead of five."""
 
 
-class Muon(torch.optim.Optimizer):
+class Part:
+    """Some parameters with their learning rates and state, as in ``torch.optim.Optimizer``; which it is not, because that
+    one imports the compiler: a second and more before the first step."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        self.param_groups = [{"lr": lr, "peak_lr": lr, **group} for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    def step(self) -> None:
+        """Update the parameters that have a gradient."""
+        raise NotImplementedError
+
+
+class AdamW(Part):
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), by PyTorch's fused kernel where it has one."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], fused: bool) -> None:
+        super().__init__(groups, lr)
+        self.betas, self.fused = betas, fused
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            states = [self._state(parameter) for parameter in parameters]
+            adamw(
+                parameters, [parameter.grad for parameter in parameters], [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
+                foreach=False, fused=self.fused, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=group["lr"],
+                weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
+            )  # fmt: skip
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        if parameter not in self.state:
+            step = torch.zeros((), device=parameter.device if self.fused else "cpu")
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[parameter] = {"step": step, **moments}
+        return self.state[parameter]
+
+
+class Muon(Part):
     """Momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
     With ``QUINTIC`` equal to ``torch.optim.Muon`` (Nesterov momentum 0.95, bfloat16, update scaled by max(1, rows /
@@ -42,12 +83,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         polynomials: Polynomials = POLAR,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__([{"params": parameters, "momentum": momentum, "weight_decay": weight_decay}], lr)
         self.splits, self.polynomials = splits, polynomials
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
+    def step(self) -> None:
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
@@ -63,10 +103,9 @@ class Muon(torch.optim.Optimizer):
     def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov momentum of the gradient."""
         assert parameter.grad is not None
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
+        if parameter not in self.state:
+            self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        buffer = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
         return parameter.grad.lerp(buffer, momentum)
 
     def _update(
@@ -75,7 +114,9 @@ class Muon(torch.optim.Optimizer):
         scale = max(1.0, shape[0] / shape[1]) ** 0.5
         updates = orthogonalize(torch.stack([piece for _, piece in pairs]), self.polynomials)
         for (target, _), update in zip(pairs, updates, strict=True):
-            target.mul_(1.0 - lr * weight_decay).add_(update.to(target.dtype), alpha=-lr * scale)
+            if weight_decay:
+                target.mul_(1.0 - lr * weight_decay)
+            target.add_(update, alpha=-lr * scale)
 
 
 def orthogonalize(matrices: Tensor, polynomials: Polynomials = POLAR) -> Tensor:
@@ -96,19 +137,14 @@ class Optimizer:
     def __init__(self, model: GPT, config: OptimConfig, device: torch.device) -> None:
         self.named = dict(model.named_parameters())
         self.fused = device.type in ("cpu", "cuda")
-        self.parts: list[torch.optim.Optimizer] = []
+        self.parts: list[Part] = []
         muon = block_matrices(model) if config.kind == "muon" else {}
         if muon:
             self.parts.append(Muon(list(muon), muon, config.lr, weight_decay=config.weight_decay))
         rest = [parameter for parameter in model.parameters() if parameter not in muon]
         self.parts.append(
-            torch.optim.AdamW(
-                decay_groups(rest, config.weight_decay), lr=config.adamw_lr, betas=config.betas, fused=self.fused
-            )
+            AdamW(decay_groups(rest, config.weight_decay), config.adamw_lr, config.betas, fused=self.fused)
         )
-        for part in self.parts:
-            for group in part.param_groups:
-                group["peak_lr"] = group["lr"]
 
     @property
     def flavour(self) -> str:
@@ -129,8 +165,8 @@ class Optimizer:
             part.step()
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """``<parameter>.<slot>`` -> tensor; scalars as float32 tensors of no dimension."""

@@ -254,7 +254,7 @@ class Trainer:
         """Norm of the whole gradient, after loss scaling is undone."""
         if self.scaler is not None:
             for part in self.optimizer.parts:
-                self.scaler.unscale_(part)
+                self.scaler.unscale_(part)  # type: ignore[arg-type]  # it reads param_groups alone
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).item()
 
