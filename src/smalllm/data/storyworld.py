@@ -860,9 +860,9 @@ def _tables() -> dict[str, tuple[Entry, ...]]:
 
 
 TABLES = _tables()
-SMALL = 8
+SMALL = 6
 """Words of each table that the small world has: its first ones."""
-SMALL_PLOTS = 4
+SMALL_PLOTS = 3
 """Plots of the small world: the first ones."""
 
 
