@@ -57,7 +57,7 @@ def test_mix_is_pinned():
 
 
 @given(tokens=st.integers(2, 500), context=st.integers(1, 40), sequences=st.integers(1, 9), seed=st.integers(0, 99))
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 def test_every_token_is_a_target_once_per_epoch(tokens: int, context: int, sequences: int, seed: int):
     batches = Batches(Tokens(tokens), context, context * sequences, seed)
     steps = -(-2 * batches.rows.count // sequences)
@@ -76,7 +76,7 @@ def test_every_token_is_a_target_once_per_epoch(tokens: int, context: int, seque
     world=st.sampled_from([1, 2, 3, 8]),
     step=st.integers(0, 40),
 )
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 def test_ranks_and_micro_batches_share_a_step_without_overlap(
     tokens: int, sequences: int, micro: int, world: int, step: int
 ):
@@ -141,7 +141,7 @@ class Documents(Tokens):
     context=st.integers(2, 40),
     sequences=st.integers(1, 5),
 )
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 def test_packed_rows_hold_each_target_once_and_whole_documents(lengths: list[int], context: int, sequences: int):
     split = Documents(lengths)
     batches = Batches(split, context, context * sequences, seed=3, packing="documents")

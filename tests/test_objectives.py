@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from smalllm.config import ModelConfig
 from smalllm.data.batches import IGNORE, Batch
 from smalllm.model import GPT
+from smalllm.native import build
 from smalllm.training import objectives
 from smalllm.training.objectives import cross_entropy_sum, linear_cross_entropy
 
@@ -102,3 +103,23 @@ def test_memory_does_not_grow_with_the_logits():
 def test_an_id_outside_the_vocabulary_is_an_error_never_clamped():
     with pytest.raises((RuntimeError, IndexError)):
         linear_cross_entropy(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([8]))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4000, 2**25])
+def test_the_fused_loss_is_the_plain_one(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    try:
+        build.load("kernels")
+    except build.Unavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setitem(objectives.CHUNK_BYTES, "native", chunk_bytes)
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.randint(0, 70, (29,), generator=generator)
+    targets[::7] = IGNORE
+    found = {}
+    for execution in ("plain", "native"):
+        hidden, weight = (torch.randn(n, 16, generator=generator.manual_seed(n)).requires_grad_() for n in (29, 70))
+        loss = linear_cross_entropy(hidden, weight, targets, execution=execution)
+        (loss * 3).backward()
+        found[execution] = (loss.detach(), hidden.grad, weight.grad)
+    for native, plain in zip(found["native"], found["plain"], strict=True):
+        torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-5)

@@ -46,7 +46,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, execution: Execution
     ) -> Tensor:
-        most = max(1, CHUNK_BYTES[hidden.device.type] // (4 * weight.shape[0]))
+        held = CHUNK_BYTES["native" if execution == "native" else hidden.device.type]
+        most = max(1, held // (4 * weight.shape[0]))
         rows = -(-hidden.shape[0] // -(-hidden.shape[0] // most))  # equal chunks: one shape to compile
         chunk = chunk_function(execution)
         needs_gradient = any(ctx.needs_input_grad)
