@@ -84,7 +84,7 @@ def train(options: argparse.Namespace, dataset: TokenDataset) -> tuple[Any, list
         starts = generator.integers(len(tokens) - options.context - 1, size=options.batch)
         windows = torch.from_numpy(np.stack([tokens[start : start + options.context + 1] for start in starts]))
         with torch.autocast("cpu", torch.bfloat16):
-            _, loss = compiled(windows[:, :-1], windows[:, 1:])
+            _, loss = compiled(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
