@@ -120,6 +120,12 @@ def test_result_does_not_depend_on_workers_or_batches(made, source, tmp_path, mo
         assert contents(out) == contents(made[0])
 
 
+def test_result_does_not_depend_on_a_compiler(made, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "_word_encoder", None)
+    prepare([source], tmp_path / "out", vocab_size=SIZE)
+    assert contents(tmp_path / "out") == contents(made[0])
+
+
 def test_seed_changes_split_and_order(made, source, tmp_path):
     prepare([source], tmp_path / "out", vocab_size=SIZE, seed=7)
     assert set(documents_of(tmp_path / "out", "valid")) != set(documents_of(made[0], "valid"))

@@ -23,10 +23,14 @@ DOCUMENTS = [[1, *(3 + (number * index) % 277 for index in range(number)), 2] fo
 def write(folder, documents, split, *, shard_tokens=100, vocab_size=280):
     writer = ShardWriter(folder, split, vocab_size, shard_tokens=shard_tokens)
     for document in documents:
-        writer.add(np.array(document))
+        add(writer, document)
     shards = writer.close()
     tokens, count = sum(map(len, documents)), len(documents)
     return SplitRecord(documents=count, tokens=tokens, text_bytes=tokens - 2 * count, shards=shards)
+
+
+def add(writer, document):
+    writer.add(np.array(document, np.int64), np.array([len(document)]))
 
 
 def make(folder, documents=DOCUMENTS, **changes):
@@ -99,7 +103,7 @@ def test_read_beyond_the_end_is_an_error(whole):
 
 def test_bytes_worked_by_hand(tmp_path):
     writer = ShardWriter(tmp_path, "train", 280)
-    writer.add(np.array([1, 258, 2]))
+    add(writer, [1, 258, 2])
     (record,) = writer.close()
     raw = bytes([1, 0, 2, 1, 2, 0])
     assert (tmp_path / "train-00000.bin").read_bytes() == raw
@@ -110,7 +114,7 @@ def test_bytes_worked_by_hand(tmp_path):
 def test_large_vocabularies_take_four_bytes(tmp_path):
     assert (token_dtype(65_536), token_dtype(65_537)) == ("uint16", "uint32")
     writer = ShardWriter(tmp_path, "train", 70_000)
-    writer.add(np.array([1, 69_999, 2]))
+    add(writer, [1, 69_999, 2])
     writer.close()
     assert (tmp_path / "train-00000.bin").read_bytes() == bytes([1, 0, 0, 0, 0x6F, 0x11, 1, 0, 2, 0, 0, 0])
 
@@ -119,7 +123,7 @@ def test_no_id_is_clamped(tmp_path):
     writer = ShardWriter(tmp_path, "train", 280)
     for ids in ([1, 280, 2], [1, -1, 2], []):
         with pytest.raises(AssertionError):
-            writer.add(np.array(ids, dtype=np.int64))
+            add(writer, ids)
     writer.abandon()
     assert list(tmp_path.iterdir()) == []
 
@@ -127,7 +131,7 @@ def test_no_id_is_clamped(tmp_path):
 def test_shard_has_its_name_only_when_it_is_whole(tmp_path):
     writer = ShardWriter(tmp_path, "train", 280, shard_tokens=10)
     for _ in range(5):
-        writer.add(np.array([1, 5, 5, 2]))
+        add(writer, [1, 5, 5, 2])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".train-00002.bin.tmp",
         "train-00000.bin",

@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,8 +14,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalllm import tokenizer as module
 from smalllm.config import UserError
-from smalllm.tokenizer import BOS, EOS, LONGEST_PART, StreamDecoder, Tokenizer, _parts
+from smalllm.native import words as words_module
+from smalllm.native.build import Unavailable
+from smalllm.native.words import Words
+from smalllm.tokenizer import BOS, EOS, LONGEST_PART, StreamDecoder, Tokenizer, _merges_only, _parts, _WordEncoder
 
 CORPUS = [
     "Once upon a time, there was a girl named Lily.\nShe had 12 apples and a big red ball.\n\n",
@@ -42,6 +47,22 @@ TEXTS = st.one_of(
     st.text(alphabet=" \n\t\r\0ab\u2581\u2585\ufeff<s>/|é日🙂0123456789.,", max_size=60),
     st.lists(st.sampled_from([*ODD[:-1], "Lily", " apple", "\n"]), max_size=8).map("".join),
 )
+
+
+def trained_raw(corpus: list[str] = CORPUS, **changes: object) -> bytes:
+    model = io.BytesIO()
+    options = {
+        "model_type": "bpe",
+        "vocab_size": 340,
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }
+    names = {"normalization_rule_name": "identity", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=model, **{**options, **names, **changes}
+    )
+    return model.getvalue()
 
 
 MODEL = Tokenizer.train(CORPUS, 480)
@@ -112,6 +133,145 @@ def test_long_text_has_the_ids_of_sentencepiece_and_a_long_word_comes_back(token
     assert len(long) > 2 * LONGEST_PART and tokenizer.encode(long) == RAW.encode(long)
     word = "ab" * LONGEST_PART
     assert tokenizer.decode(tokenizer.encode(word)) == word
+
+
+# -- whole documents, from a memory of words
+
+NUMBERS = [f"{number * 7919 % 10007} + {number}\t= {number**3}\r\n" for number in range(300)]
+NEWLINES = ["\n\n\tif a:\n\t\tb(c)\n\n\n    return\n\n" * 9, "a\n\nb\n \n  c\n"] * 20
+JAPANESE = [
+    "日本語の文章です。猫が好きです、犬も好きです。",
+    "これはペンです　はい。\n",
+    "東京に行きました。とても楽しかったです。",
+] * 20
+CUTTABLE = {
+    "ours": MODEL,
+    "bytes and letters": Tokenizer.train(["hello"] * 4, 265),
+    "numbers": Tokenizer(trained_raw(NUMBERS, vocab_size=500)),
+    "newlines": Tokenizer.train(NEWLINES, 300),
+    "japanese": Tokenizer.train(JAPANESE, 340),
+    "across words": Tokenizer(trained_raw(vocab_size=600, split_by_whitespace=False, max_sentencepiece_length=40)),
+    "across scripts": Tokenizer(trained_raw(vocab_size=500, split_by_unicode_script=False, split_by_number=False)),
+    "space last": Tokenizer(trained_raw(vocab_size=450, treat_whitespace_as_suffix=True)),
+    "user's symbols": Tokenizer(
+        trained_raw(vocab_size=450, user_defined_symbols=["a b", "<sep>", " l", "\n\n", "本 ", "</s>s", "é"])
+    ),
+}
+WHOLE = {
+    "unigram": Tokenizer(trained_raw(model_type="unigram", vocab_size=330)),
+    "characters": Tokenizer(trained_raw(model_type="char")),
+}
+MODELS = {**CUTTABLE, **WHOLE}
+PHRASES = st.lists(
+    st.sampled_from([
+        " ", "  ", "\n", "\n\n", "\t", "\r\n", "\0", "\u00a0", "\u3000", "\u2581", "\u2585", "\ufeff", "\u0301", "🙂", "é", "日本", "です。",
+        "</s>", "<s>", "<0x41>", "<sep>", "<unk>", "a b", " l", "ll", "Lily", " Lily", " had", " a big", "apple", ".", ".\n", '"', ",",
+        "1", "27", "if a:", "return", "x" * 70, "elephantine" * 9, "\u2584", "\u2501", "ǁ",
+    ]),
+    max_size=12,
+).map("".join)  # fmt: skip
+every_model = pytest.mark.parametrize("name", MODELS)
+needs_words = pytest.mark.skipif(MODEL._word_encoder is None, reason="there is no native code here")
+
+
+def documents(tokenizer: Tokenizer, texts: list[str], threads: int = 2) -> list[list[int]]:
+    ids, counts = tokenizer.encode_documents([text.encode() for text in texts], threads)
+    assert (ids.dtype, counts.dtype, len(ids)) == (np.int32, np.int64, counts.sum())
+    return [part.tolist() for part in np.split(ids, np.cumsum(counts))[:-1]]
+
+
+@needs_words
+@every_model
+def test_only_texts_that_may_be_cut_are_cut(name):
+    assert (MODELS[name]._word_encoder is not None) == (name in CUTTABLE)
+
+
+@every_model
+@given(st.lists(st.one_of(PHRASES, TEXTS), max_size=8), st.integers(1, 3), st.integers(1, 60))
+@settings(max_examples=150, deadline=None)
+def test_documents_have_the_ids_of_sentencepiece(name, texts, threads, task):
+    tokenizer = MODELS[name]
+    with patch.object(module, "TASK_BYTES", task):
+        found = documents(tokenizer, texts, threads)
+    assert found == [tokenizer.encode_document(text) for text in texts]
+    for text, ids in zip(texts, found, strict=True):
+        if "\u2581" not in text:
+            assert ids == [BOS, *tokenizer._processor.encode(text), EOS]
+
+
+@needs_words
+@given(st.lists(PHRASES, min_size=1, max_size=8), st.integers(1, 20))
+@settings(max_examples=150, deadline=None)
+def test_forgetting_changes_no_id(texts, most):
+    encoder = _WordEncoder(MODEL.encode_batch, Words(MODEL._bytes, most=most))
+    expected = [id for text in texts for id in MODEL.encode_document(text)]
+    for _ in range(2):
+        assert encoder.encode([text.encode() for text in texts], 2)[0].tolist() == expected
+    assert len(encoder._words) <= most
+
+
+@every_model
+def test_long_documents_are_cut_as_ever(name):
+    long = "".join(CORPUS + NUMBERS + NEWLINES + JAPANESE)
+    texts = [long * 7, "ab" * LONGEST_PART + " c d", " " * (LONGEST_PART + 3) + "a \u2581 b" * 5, "日本" * LONGEST_PART]
+    assert len(texts[0]) > 2 * LONGEST_PART
+    assert documents(MODELS[name], texts) == [MODELS[name].encode_document(text) for text in texts]
+
+
+def test_documents_do_not_depend_on_threads_or_on_what_came_before():
+    texts = [*ODD, *CORPUS, "", "  "]
+    for threads in (1, 2, 7):
+        tokenizer = Tokenizer(MODEL.model_bytes)
+        for _ in range(2):
+            assert documents(tokenizer, texts, threads) == [MODEL.encode_document(text) for text in texts]
+    assert documents(MODEL, []) == [] and documents(MODEL, ["", ""]) == [[BOS, EOS]] * 2
+
+
+def test_documents_without_a_compiler(monkeypatch):
+    def unavailable(name: str) -> None:
+        raise Unavailable("there is no C++ compiler here (g++)")
+
+    monkeypatch.setattr(words_module, "load", unavailable)
+    words_module._library.cache_clear()
+    tokenizer = Tokenizer(MODEL.model_bytes)
+    assert documents(tokenizer, ODD + CORPUS) == [MODEL.encode_document(text) for text in ODD + CORPUS]
+    assert tokenizer._word_encoder is None
+
+
+@pytest.mark.parametrize("text", [b"a\xff", b"\xe2\x96", b"\x80", b"ok \xc3\xa9\xa9", b"\xed\xa0\x80"])
+def test_documents_that_are_not_utf8_are_refused(text):
+    with pytest.raises(UnicodeDecodeError):
+        MODEL.encode_documents([b"a good one", text], 2)
+
+
+@needs_words
+def test_a_memory_that_does_not_pay_is_given_up():
+    tokenizer, spoken = Tokenizer.train(["abab baba aabb bbaa aa bb"] * 9, 270), "ab ba aa bb " * 100
+    random = np.random.default_rng(5)
+    noise = [" ".join("".join(random.choice(["a", "b"], 50)) for _ in range(40)) for _ in range(3)]
+    with patch.object(module, "TRIAL_BYTES", 1000):
+        for texts, pays in (([spoken] * 3, True), (noise[:1], True), (noise[1:], False), (noise, False)):
+            assert documents(tokenizer, texts) == [tokenizer.encode_document(text) for text in texts]
+            assert tokenizer._word_encoder.pays == pays
+        with patch.object(_WordEncoder, "encode", side_effect=AssertionError):
+            documents(tokenizer, noise)
+
+
+def test_models_that_may_not_be_cut_are_recognised():
+    model = MODEL.model_bytes
+    assert _merges_only(model) and not any(_merges_only(WHOLE[name].model_bytes) for name in WHOLE)
+    for change in (b"\x12\x02\x18\x01", b"\x12\x03\x98\x02\x00", b"\x1a\x05\x12\x03abc", b"\x7b\x7c"):
+        # model_type = unigram; byte_fallback = false; a table of normalization; a group, which is not read here
+        assert not _merges_only(model + change), change
+    assert _merges_only(model + b"\x1a\x05\x12\x03abc" + b"\x1a\x02\x12\x00")  # the last value counts
+    assert Tokenizer(with_unused(model, "Li"))._word_encoder is None
+
+
+def with_unused(model: bytes, piece: str) -> bytes:
+    """The model with the type of a piece set to UNUSED: SentencePiece takes it apart again, as it was put together."""
+    start = model.index(b"\x0a" + bytes([len(piece)]) + piece.encode())
+    size = model[start - 1]
+    return model[: start - 1] + bytes([size + 2]) + model[start : start + size] + b"\x18\x05" + model[start + size :]
 
 
 # -- known answers
@@ -205,22 +365,6 @@ def test_save_and_load(tokenizer, tmp_path):
     again = Tokenizer.load(tmp_path / "tokenizer.model")
     assert again.fingerprint == tokenizer.fingerprint and again.encode(CORPUS[1]) == tokenizer.encode(CORPUS[1])
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
-
-
-def trained_raw(**changes: object) -> bytes:
-    model = io.BytesIO()
-    options = {
-        "model_type": "bpe",
-        "vocab_size": 340,
-        "byte_fallback": True,
-        "hard_vocab_limit": False,
-        "minloglevel": 2,
-    }
-    names = {"normalization_rule_name": "identity", "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, **{**options, **names, **changes}
-    )
-    return model.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,10 @@ It knows nothing of conversations, datasets or models. It is the only module tha
 SentencePiece writes a space as U+2581, drops sentences with U+2585 when it trains and takes much memory for one very
 long text. So a text is cut at U+2581, whose three bytes are emitted as byte pieces, and long texts are cut before a
 space, where no piece can reach across. Decoding never asks SentencePiece: every id stands for fixed bytes.
+
+A corpus is encoded from a memory of words. BPE joins two neighbouring symbols only if together they are a piece, so
+nothing crosses a place between two characters that stand side by side in no piece: cut there, a text has the ids of its
+parts. SentencePiece encodes every such part once; C++ cuts, remembers and looks up.
 """
 
 from __future__ import annotations
@@ -14,12 +18,20 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import chain, compress, pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from smalllm.config import UserError
+from smalllm.native.build import Unavailable
+from smalllm.native.words import Found, Words, bounds_of, fill, flattened
 
 UNK, BOS, EOS = 0, 1, 2
 SPACE_MARK = "\u2581"
@@ -29,6 +41,9 @@ MAX_PIECES = 1 << 20
 LONGEST_PART = 1 << 16  # characters given to SentencePiece at once: bounds its memory on a 100 MB line
 LONGEST_SENTENCE = 1 << 13  # characters; SentencePiece fails on words beyond 65,535 characters
 TRAINING_THREADS = 4  # a constant, because SentencePiece writes it into the model
+BPE = 2  # in sentencepiece_model.proto
+TASK_BYTES = 1 << 20  # of text that a thread looks up at once
+TRIAL_BYTES = 1 << 22  # of text, after which a memory of words must pay
 
 # A second normalizer_spec, merged over the first by protobuf: add_dummy_prefix = 0, remove_extra_whitespaces = 0.
 KEEP_SPACES = b"\x1a\x04\x18\x00\x20\x00"
@@ -56,6 +71,7 @@ class Tokenizer:
             self._bytes = _byte_table(self._processor)
             self._byte_ids = _byte_ids(self._processor)
             self._check_lossless()
+            self._lock = threading.Lock()
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error) if isinstance(error, ValueError) else "it is not a SentencePiece model"
             raise UserError(f"bad tokenizer {name}: {reason}; train one with `smalllm prepare`") from None
@@ -138,11 +154,25 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         """`[encode(text) for text in texts]` on several threads; the result does not depend on their number."""
-        plain = [text for text in texts if _is_plain(text)]
+        simple = list(map(_is_plain, texts))
+        plain = list(compress(texts, simple))
         for text in plain:
             _check_unicode(text)
         encoded = iter(self._processor.encode(plain, num_threads=threads)) if plain else iter(())
-        return [next(encoded) if _is_plain(text) else self.encode(text) for text in texts]
+        return [next(encoded) if easy else self.encode(text) for text, easy in zip(texts, simple, strict=True)]
+
+    def encode_documents(self, texts: Sequence[bytes], threads: int) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_document` of many UTF-8 texts: their ids one after another, (ids,) int32, and how many each has,
+        (texts,) int64. UnicodeDecodeError for bytes that are not UTF-8.
+
+        Ten times as fast as `encode_batch` and more where C++ can be compiled; neither that nor `threads` changes an id.
+        """
+        with self._lock:
+            if texts and self._word_encoder and self._word_encoder.pays:
+                return self._word_encoder.encode(texts, threads)
+        batch = self.encode_batch([text.decode() for text in texts], threads)
+        ids, bounds = flattened([[BOS, *document, EOS] for document in batch])
+        return ids, np.diff(bounds)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Begin and end give nothing, bytes that are not UTF-8 give U+FFFD."""
@@ -160,6 +190,17 @@ class Tokenizer:
         """SentencePiece's spelling of a token, such as "▁the" or "<0x0A>"."""
         self.bytes_of(id)
         return str(self._processor.id_to_piece(int(id)))
+
+    @cached_property
+    def _word_encoder(self) -> _WordEncoder | None:
+        """None where a cut might change ids, or where there is no C++."""
+        unused = any(self._processor.is_unused(id) for id in range(self.vocab_size))
+        if unused or not _merges_only(self.model_bytes):
+            return None
+        try:
+            return _WordEncoder(self.encode_batch, Words(self._bytes))
+        except Unavailable:
+            return None
 
     def _check_lossless(self) -> None:
         probe = " A  \u00e9 e\u0301\t\u2460\r\n\ufb01 \u3000 \x00 0 "
@@ -187,6 +228,46 @@ class StreamDecoder:
     def finish(self) -> str:
         """What an unfinished character leaves behind: "" or U+FFFD."""
         return self._decoder.decode(b"", final=True)
+
+
+class _WordEncoder:
+    """`Tokenizer.encode_documents` from a memory of words; one call at a time."""
+
+    def __init__(self, encode_batch: Callable[[list[str], int], list[list[int]]], words: Words) -> None:
+        self._encode_batch, self._words = encode_batch, words
+        self._seen = self._unknown = 0  # bytes of text
+
+    @property
+    def pays(self) -> bool:
+        """Is it faster than SentencePiece? Not where words hardly ever come again: in random letters, say."""
+        return self._seen < TRIAL_BYTES or self._unknown < self._seen / 2
+
+    def encode(self, texts: Sequence[bytes], threads: int) -> tuple[np.ndarray, np.ndarray]:
+        """Every thread looks up a task, SentencePiece encodes the words that they did not find, and so on."""
+        text, bounds, frames, text_bounds = _laid_out(texts)
+        array, tasks = np.frombuffer(text, np.uint8), _tasks(bounds, threads)
+        filled: list[tuple[np.ndarray, np.ndarray]] = []
+
+        def look_up(task: tuple[int, int]) -> Found:
+            return self._words.look_up(array, bounds[task[0] : task[1] + 1], frames[task[0] : task[1]])
+
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(tasks), threads):
+                found = list(pool.map(look_up, tasks[start : start + threads]))
+                unknown = [[text[first:last] for first, last in part.missing.tolist()] for part in found]
+                filled += pool.map(fill, found, self._learn(unknown, threads))
+        self._seen += len(text)
+        ids, counts = (np.concatenate(arrays) for arrays in zip(*filled, strict=True))
+        return ids, np.add.reduceat(counts, text_bounds[:-1])
+
+    def _learn(self, unknown: list[list[bytes]], threads: int) -> list[list[list[int]]]:
+        """The ids of the unknown words of each task; they are remembered."""
+        words = list(dict.fromkeys(chain.from_iterable(unknown)))
+        ids = self._encode_batch([word.decode() for word in words], threads)
+        self._words.add(words, ids)
+        self._unknown += sum(map(len, words))
+        known = dict(zip(words, ids, strict=True))
+        return [[known[word] for word in part] for part in unknown]
 
 
 def _check_special(processor: sentencepiece.SentencePieceProcessor) -> None:
@@ -218,6 +299,60 @@ def _byte_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int]:
     if missing:
         raise ValueError(f"it lacks {len(missing)} of the 256 byte pieces (first: <0x{missing[0]:02X}>)")
     return ids
+
+
+def _merges_only(model: bytes) -> bool:
+    """Does this model only merge symbols and spell the rest in bytes? The numbers are those of sentencepiece_model.proto."""
+    try:
+        fields = list(_protobuf_fields(model))
+        trainer, normalizer = (
+            dict(_protobuf_fields(b"".join(value for number, value in fields if number == wanted))) for wanted in (2, 3)
+        )
+    except (KeyError, IndexError, TypeError):  # some other wire format that SentencePiece can read
+        return False
+    model_type, byte_fallback, charsmap = trainer.get(3), trainer.get(35), normalizer.get(2)
+    return model_type == BPE and byte_fallback == 1 and not charsmap
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every field of a serialized message; the value is an int, or bytes."""
+    place = 0
+    while place < len(message):
+        key, place = _varint(message, place)
+        if key & 7 == 0:
+            value, place = _varint(message, place)
+            yield key >> 3, value
+        else:
+            size, place = _varint(message, place) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], place)
+            yield key >> 3, message[place : place + size]
+            place += size
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    """The number that begins at `place`, and where it ends."""
+    value, shift = 0, 0
+    while message[place] >= 128:
+        value, place, shift = value | (message[place] & 127) << shift, place + 1, shift + 7
+    return value | message[place] << shift, place + 1
+
+
+def _laid_out(texts: Sequence[bytes]) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
+    """The parts of texts one after another, (parts + 1,) int64 their bounds in bytes, (parts, 2) int32 the ids around each
+    (begin and end, -1 within a text) and (texts + 1,) int64 the bounds of the texts in parts."""
+    parts, firsts = [], [0]
+    for text in texts:
+        parts += [text] if len(text) <= LONGEST_PART else [part.encode() for part in _parts(text.decode())]
+        firsts.append(len(parts))
+    text_bounds, frames = np.array(firsts), np.full((len(parts), 2), -1, np.int32)
+    frames[text_bounds[:-1], 0], frames[text_bounds[1:] - 1, 1] = BOS, EOS
+    return b"".join(parts), bounds_of(parts), frames, text_bounds
+
+
+def _tasks(bounds: np.ndarray, threads: int) -> list[tuple[int, int]]:
+    """Cut parts into runs of about TASK_BYTES, or less so that every thread gets one: (first, last + 1) of each."""
+    size = min(TASK_BYTES, int(bounds[-1]) // threads + 1)
+    cuts = np.searchsorted(bounds, np.arange(size, bounds[-1], size))
+    return list(pairwise(np.unique([0, *cuts, len(bounds) - 1]).tolist()))
 
 
 def _check_unicode(text: str) -> None:
@@ -264,7 +399,8 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Training sentences, cut so that SentencePiece drops none: U+2585 and NUL would, and so would great length."""
     for text in texts:
         _check_unicode(text)
-        for run in re.split("[\u2581\u2585\0]", text):
+        spoilt = any(spoiler in text for spoiler in "\u2581\u2585\0")  # faster than the pattern, and rare
+        for run in re.split("[\u2581\u2585\0]", text) if spoilt else [text]:
             if run:
                 yield from _cut_before_spaces(run, LONGEST_SENTENCE)
 

@@ -491,11 +491,10 @@ class _Encoder:
         size = 0
         try:
             for batch in self._batches(numbers):
-                for text, ids in zip(batch, encode(self._tokenizer, batch, self._threads), strict=True):
-                    writer.add(ids)
-                    size += len(text)
-                    if split == "valid":
-                        digest.update(text + b"\0")
+                writer.add(*self._tokenizer.encode_documents(batch, self._threads))
+                size += sum(map(len, batch))
+                if split == "valid":
+                    digest.update(b"\0".join([*batch, b""]))
                 self._advance(batch)
             shards = writer.close()
         except BaseException:
@@ -520,14 +519,6 @@ class _Encoder:
         self._documents += len(batch)
         self._done += sum(map(len, batch))
         self._clock.report("encode", self._documents, self._done, self._total)
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[bytes], threads: int) -> Iterator[np.ndarray]:
-    """The token ids of each document, begin and end included, (tokens,) int32. The only place that encodes a corpus."""
-    for ids in tokenizer.encode_batch([text.decode() for text in texts], threads):
-        document = np.empty(len(ids) + 2, np.int32)
-        document[0], document[1:-1], document[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-        yield document
 
 
 def _split_record(shards: list[ShardRecord], text_bytes: int, text_sha256: str | None) -> SplitRecord:

@@ -263,17 +263,25 @@ class ShardWriter:
         self._records: list[ShardRecord] = []
         self._begin()
 
-    def add(self, ids: np.ndarray) -> None:
-        """Append one document, (tokens,) integers from begin to end; ids outside the vocabulary are our own bug."""
-        assert len(ids) and int(ids.min()) >= 0 and int(ids.max()) < self._limit, "id outside the vocabulary"
-        if self._tokens and self._tokens + len(ids) > self._shard_tokens:
-            self._finish()
-            self._begin()
-        data = ids.astype(self._dtype).tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self._tokens += len(ids)
-        self._documents += 1
+    def add(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Append documents: (ids,) integers, each document from begin to end, and (documents,) how many ids each has.
+
+        An empty document and ids outside the vocabulary are our own bugs.
+        """
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        assert len(counts) and int(counts.min()) > 0 and bounds[-1] == len(ids), "counts are not those of the ids"
+        assert int(ids.min()) >= 0 and int(ids.max()) < self._limit, "id outside the vocabulary"
+        first = 0
+        while first < len(counts):
+            room = bounds[first] + self._shard_tokens - self._tokens
+            last = int(np.searchsorted(bounds, room, side="right")) - 1  # documents up to here find room
+            if last <= first and self._tokens:
+                self._finish()
+                self._begin()
+                continue
+            last = max(last, first + 1)
+            self._append(ids[bounds[first] : bounds[last]], last - first)
+            first = last
 
     def close(self) -> list[ShardRecord]:
         """Finish the last shard; the records of all shards in order."""
@@ -287,6 +295,13 @@ class ShardWriter:
         """Drop the shard in progress."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+    def _append(self, ids: np.ndarray, documents: int) -> None:
+        data = ids.astype(self._dtype).data
+        self._file.write(data)
+        self._hash.update(data)
+        self._tokens += len(ids)
+        self._documents += documents
 
     def _begin(self) -> None:
         self._name = f"{self._split}-{len(self._records):05d}.bin"

@@ -38,7 +38,7 @@ from typing import Any, BinaryIO, cast
 from smalllm.config import UserError
 
 CHUNK_BYTES = 1 << 20
-SEPARATOR = re.compile(r"^<\|endoftext\|>\r?$\n?", re.MULTILINE)
+SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)\r?$\n?", re.MULTILINE)  # as "^<...", but found faster
 BLANK_LINES = re.compile(r"(?:\r?\n){2,}")
 BORDERS = (BLANK_LINES, re.compile(r"\n"), re.compile(r"(?<=[.!?])\s"), re.compile(r"\s"))
 FIELDS = ("text", "story", "content")
