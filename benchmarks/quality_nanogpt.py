@@ -112,7 +112,7 @@ def evaluate(judged: Judged, dataset: TokenDataset) -> Evaluation:
     return score_documents(judged, documents, sizes, autocast=torch.autocast("cpu", torch.bfloat16))  # type: ignore[arg-type]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="folder of nanoGPT, with its model.py")
     parser.add_argument("--data", type=Path, required=True, help="folder made by smalllm prepare")
@@ -128,7 +128,7 @@ def main() -> None:
         ("evaluations", 5),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model, curve = train(options, TokenDataset.open(options.data))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(

@@ -206,7 +206,7 @@ def random_data(folder: Path, vocab_size: int, context: int) -> Path:
     writer = ShardWriter(folder, "train", vocab_size)
     for _ in range(rows):
         text = random.integers(tokenizer.eos_id + 1, vocab_size, context - 1)
-        writer.add(np.concatenate(([tokenizer.bos_id], text, [tokenizer.eos_id])))
+        writer.add(np.concatenate(([tokenizer.bos_id], text, [tokenizer.eos_id])), np.array([context + 1]))
     shards = writer.close()
     Manifest(
         sources=["random"], inputs=[], settings={}, seed=0, vocab_size=vocab_size, dtype=token_dtype(vocab_size),
