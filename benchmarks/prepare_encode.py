@@ -27,7 +27,7 @@ from smalllm.tokenizer import BOS, EOS, Tokenizer
 Encode = Callable[[], Sequence[Sequence[int]] | np.ndarray]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", help="a source of documents, as for `smalllm prepare`")
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     texts = list(documents(options.text))
     tokenizer = Tokenizer.train(texts, options.vocab_size)
     if tokenizer._word_encoder is None:

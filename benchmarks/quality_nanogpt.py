@@ -3,7 +3,7 @@
 The peer of `smalllm train laptop --minutes 5`: random windows of the token stream, AdamW as nanoGPT configures it, cosine to a
 tenth, bf16 autocast, torch.compile, all inside the time budget. Run it as:
 
-    python benchmarks/quality_nanogpt.py --nanogpt PATH --data data/tinystories --minutes 5
+    uv run python benchmarks/quality_nanogpt.py --nanogpt PATH --data data/tinystories --minutes 5
 """
 
 from __future__ import annotations
