@@ -180,7 +180,8 @@ def step_bytes(model: GPT, runtime: Runtime, tokens: int, recompute: bool) -> in
     """Peak memory of a training step with so many tokens per forward pass, in bytes: what the process holds now, gradients
     and optimizer state, weights in the dtype of products, activations kept for the backward pass, a chunk of the loss.
 
-    Counted from what native/kernels.py and autograd keep; measured within a tenth (docs/training.md)."""
+    Counted from what native/kernels.py and autograd keep; on a CPU within 2 % of what three
+    recipes were measured to take (docs/log.md); not compared on a GPU yet."""
     config, low = model.config, runtime.dtype.itemsize
     fused = runtime.device.type == "cpu" and kernels.supports(config)
     qkv = (config.heads + 2 * config.key_value_heads) * config.head_width
