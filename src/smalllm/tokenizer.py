@@ -64,6 +64,7 @@ class Tokenizer:
         """Read a serialized SentencePiece model; `name` stands in the UserError for one that cannot serve."""
         self.model_bytes = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
+        self._lock = threading.Lock()  # of the memory of words
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model + KEEP_SPACES)
             self.vocab_size: int = self._processor.vocab_size()
@@ -71,7 +72,6 @@ class Tokenizer:
             self._bytes = _byte_table(self._processor)
             self._byte_ids = _byte_ids(self._processor)
             self._check_lossless()
-            self._lock = threading.Lock()
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error) if isinstance(error, ValueError) else "it is not a SentencePiece model"
             raise UserError(f"bad tokenizer {name}: {reason}; train one with `smalllm prepare`") from None
@@ -399,8 +399,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Training sentences, cut so that SentencePiece drops none: U+2585 and NUL would, and so would great length."""
     for text in texts:
         _check_unicode(text)
-        spoilt = any(spoiler in text for spoiler in "\u2581\u2585\0")  # faster than the pattern, and rare
-        for run in re.split("[\u2581\u2585\0]", text) if spoilt else [text]:
+        for run in re.split("[\u2581\u2585\0]", text):
             if run:
                 yield from _cut_before_spaces(run, LONGEST_SENTENCE)
 
