@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+import re
 import sys
 import tarfile
 import tracemalloc
@@ -84,6 +85,15 @@ def test_documents_of_a_text_file(tmp_path, text, expected):
         assert "holds no text" in sentence(source)
     else:
         assert list(documents(source)) == expected
+
+
+@given(
+    st.lists(st.sampled_from(["<|endoftext|>", "\n", "\r", "\r\n", "a", " ", "\u2028", "<|", "text|>"])).map("".join)
+)
+@settings(max_examples=500, deadline=None)
+def test_separators_are_the_lines_of_that_text_alone(text):
+    plain = re.compile(r"^<\|endoftext\|>\r?$\n?", re.MULTILINE)  # says the same, five times slower
+    assert sources.SEPARATOR.split(text) == plain.split(text)
 
 
 @given(

@@ -38,7 +38,8 @@ from typing import Any, BinaryIO, cast
 from smalllm.config import UserError
 
 CHUNK_BYTES = 1 << 20
-SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)\r?$\n?", re.MULTILINE)  # as "^<...", but found faster
+# A line of its own. The place before it is looked at last, because text that begins a pattern is found much faster.
+SEPARATOR = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)\r?$\n?", re.MULTILINE)
 BLANK_LINES = re.compile(r"(?:\r?\n){2,}")
 BORDERS = (BLANK_LINES, re.compile(r"\n"), re.compile(r"(?<=[.!?])\s"), re.compile(r"\s"))
 FIELDS = ("text", "story", "content")
