@@ -6,6 +6,7 @@ sets ``lr_fraction`` before each step.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,7 @@ POLAR: Polynomials = ((8.0933, -23.6200, 17.4456), (3.6365, -2.7218, 0.5365), (2
 singular values from 0.01 to 1 come to lie in 0.73 ... 1.27 after three iterations instead of five."""
 
 
-class Part:
+class Part(ABC):
     """Some parameters with their learning rates and state, as in ``torch.optim.Optimizer``; which it is not, because that
     one imports the compiler: a second and more before the first step."""
 
@@ -34,9 +35,9 @@ class Part:
         self.param_groups = [{"lr": lr, "peak_lr": lr, **group} for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
+    @abstractmethod
     def step(self) -> None:
         """Update the parameters that have a gradient."""
-        raise NotImplementedError
 
 
 class AdamW(Part):
