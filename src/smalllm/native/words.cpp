@@ -10,11 +10,12 @@ namespace {
 constexpr size_t LONGEST = 64;  // bytes of a word that is kept
 constexpr size_t PROBES = 32;   // slots looked at for a word: text made to collide loses the speed, nothing else
 
-// The bytes of the character at `at` as one number; `at` moves behind it. Bytes that are not UTF-8 give some number too.
+bool inside_character(uint8_t byte) { return (byte & 0xC0) == 0x80; }
+
+// The bytes of the character at `at`, at most four, as one number; `at` moves behind it.
 uint32_t take(const uint8_t*& at, const uint8_t* end) {
     uint32_t character = *at++;
-    if (character >= 0x80)
-        for (int more = 0; more < 3 && at < end && (*at & 0xC0) == 0x80; more++) character = character << 8 | *at++;
+    for (int more = 0; more < 3 && at < end && inside_character(*at); more++) character = character << 8 | *at++;
     return character;
 }
 
@@ -35,15 +36,32 @@ struct Pairs {
     }
 };
 
-uint64_t hash_of(const uint8_t* word, size_t length) {  // FNV-1a
-    uint64_t hash = 0xcbf29ce484222325;
-    for (size_t i = 0; i < length; i++) hash = (hash ^ word[i]) * 0x100000001b3;
-    return hash ^ hash >> 32;
-}
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "Word::head takes the first bytes in memory for the low ones of a number"
+#endif
+
+// A word, its first eight bytes as a number (zeros behind the end of a shorter one) and a hash of all of it.
+struct Word {
+    const uint8_t* text;
+    size_t length;
+    uint64_t head = 0, hash;
+
+    // `end` is that of the text around it.
+    Word(const uint8_t* text, size_t length, const uint8_t* end) : text(text), length(length) {
+        if (end - text < 8) std::memcpy(&head, text, size_t(end - text));
+        else std::memcpy(&head, text, 8);
+        if (length < 8) head &= (uint64_t(1) << 8 * length) - 1;
+        hash = (head ^ length) * 0x9E3779B97F4A7C15;
+        for (size_t i = 8; i < length; i++) hash = (hash ^ text[i]) * 0x100000001b3;
+        hash ^= hash >> 32;
+    }
+};
 
 struct Slot {
-    uint32_t text, ids;      // where they begin in Table::text and Table::ids
+    uint64_t head;
     uint32_t length, count;  // bytes and ids; length 0: free
+    uint32_t text, ids;      // where they begin in Table::text and Table::ids
+    int32_t first;           // id, if there is one: most words have no other
 };
 
 struct Table {
@@ -55,24 +73,29 @@ struct Table {
     explicit Table(size_t most) : most(most) {}
 
     // The slot of a word, or the free one where it belongs, or null where all probes hold others.
-    const Slot* find(const uint8_t* word, size_t length, uint64_t hash) const {
+    const Slot* find(const Word& word) const {
         for (size_t probe = 0; probe < PROBES; probe++) {
-            const Slot& slot = slots[(hash + probe) & (slots.size() - 1)];
-            if (slot.length == 0) return &slot;
-            if (slot.length == length && std::memcmp(&text[slot.text], word, length) == 0) return &slot;
+            const Slot& slot = slots[(word.hash + probe) & (slots.size() - 1)];
+            if (slot.length == 0 || holds(slot, word)) return &slot;
         }
         return nullptr;
     }
 
+    bool holds(const Slot& slot, const Word& word) const {
+        return slot.head == word.head && slot.length == word.length &&
+               (word.length <= 8 || std::memcmp(&text[slot.text], word.text, word.length) == 0);
+    }
+
     // Remember a word. A full table is emptied first; long words and unlucky ones are not kept.
-    void add(const uint8_t* word, size_t length, uint64_t hash, const int32_t* found, size_t count) {
-        if (length == 0 || length > LONGEST || count > length) return;
+    void add(const Word& word, const int32_t* found, size_t count) {
+        if (word.length == 0 || word.length > LONGEST || count > word.length) return;
         if (words == most) *this = Table(most);
         if (2 * (words + 1) > slots.size()) grow();
-        auto slot = const_cast<Slot*>(find(word, length, hash));
+        auto slot = const_cast<Slot*>(find(word));
         if (slot == nullptr || slot->length) return;
-        *slot = {uint32_t(text.size()), uint32_t(ids.size()), uint32_t(length), uint32_t(count)};
-        text.insert(text.end(), word, word + length);
+        *slot = {word.head, uint32_t(word.length), uint32_t(count), uint32_t(text.size()), uint32_t(ids.size()),
+                 count ? *found : 0};
+        text.insert(text.end(), word.text, word.text + word.length);
         ids.insert(ids.end(), found, found + count);
         words++;
     }
@@ -82,8 +105,8 @@ struct Table {
         old.swap(slots);
         for (const Slot& slot : old) {
             if (slot.length == 0) continue;
-            const uint8_t* word = &text[slot.text];
-            if (auto place = const_cast<Slot*>(find(word, slot.length, hash_of(word, slot.length)))) *place = slot;
+            Word word(&text[slot.text], slot.length, text.data() + text.size());
+            if (auto place = const_cast<Slot*>(find(word))) *place = slot;
         }
     }
 };
@@ -92,16 +115,41 @@ struct Words {
     Pairs joined;
     Table table;
 
-    // Where the word that begins at `at` ends: before a character that follows the one before it in no piece.
-    const uint8_t* end_of_word(const uint8_t* at, const uint8_t* end) const {
-        uint32_t left = take(at, end);
-        while (at < end) {
-            const uint8_t* next = at;
-            uint32_t right = take(next, end);
-            if (!joined.has(left, right)) break;
-            at = next, left = right;
+    // May text be cut at `at`, between two characters that follow one another in no piece?
+    bool cut_at(const uint8_t* begin, const uint8_t* at, const uint8_t* end) const {
+        if (at == end) return true;
+        if (inside_character(*at)) return false;
+        const uint8_t* back = at - 1;
+        while (back > begin && at - back < 4 && inside_character(*back)) back--;
+        uint32_t left = take(back, at);
+        return !joined.has(left, take(at, end));
+    }
+
+    // Bit i: may text be cut behind at[i]? All 64 at once, because a CPU cannot guess how long a word is.
+    uint64_t cuts(const uint8_t* begin, const uint8_t* at, const uint8_t* end) const {
+        uint64_t cuts = 0;
+        uint8_t bits = 0x80;
+        if (end - at > 64) {
+            bits = 0;
+            for (int i = 0; i <= 64; i++) bits |= at[i];
         }
-        return at;
+        if (bits < 0x80)
+            for (int i = 0; i < 64; i++) cuts |= uint64_t(!joined.ascii[at[i]][at[i + 1]]) << i;
+        else
+            for (int i = 0; i < 64 && at + i < end; i++) cuts |= uint64_t(cut_at(begin, at + i + 1, end)) << i;
+        return cuts;
+    }
+
+    // Calls word(begin, end) for every word of a text.
+    template <class Call>
+    void each_word(const uint8_t* begin, const uint8_t* end, Call word) const {
+        const uint8_t* start = begin;
+        for (const uint8_t* block = begin; block < end; block += end - block < 64 ? end - block : 64)
+            for (uint64_t rest = cuts(begin, block, end); rest; rest &= rest - 1) {
+                const uint8_t* next = block + __builtin_ctzll(rest) + 1;
+                word(start, next);
+                start = next;
+            }
     }
 };
 
@@ -138,28 +186,25 @@ int64_t words_look_up(const Words* words, const uint8_t* text, const int64_t* bo
     for (int64_t t = 0; t < texts; t++) {
         const int32_t* first = out;
         if (frames[2 * t] >= 0) *out++ = frames[2 * t];
-        const uint8_t *word = text + bounds[t], *end = text + bounds[t + 1], *next;
-        for (; word < end; word = next) {
-            next = words->end_of_word(word, end);
-            size_t length = size_t(next - word);
-            uint64_t hash = hash_of(word, length);
+        words->each_word(text + bounds[t], text + bounds[t + 1], [&](const uint8_t* at, const uint8_t* next) {
+            Word word(at, size_t(next - at), text + bounds[texts]);
             const Table* table = &words->table;
-            const Slot* slot = table->find(word, length, hash);
+            const Slot* slot = table->find(word);
             if (slot == nullptr || slot->length == 0) {
                 table = &unknown;
-                slot = table->find(word, length, hash);
+                slot = table->find(word);
             }
             if (slot && slot->length) {
-                const int32_t* known = table->ids.data() + slot->ids;
-                for (uint32_t i = 0; i < slot->count; i++) *out++ = known[i];
-                continue;
+                if (slot->count) *out++ = slot->first;
+                for (uint32_t i = 1; i < slot->count; i++) *out++ = table->ids[slot->ids + i];
+                return;
             }
             *out = int32_t(~*misses);
-            unknown.add(word, length, hash, out++, 1);
-            missing[2 * *misses] = word - text;
+            unknown.add(word, out++, 1);
+            missing[2 * *misses] = at - text;
             missing[2 * *misses + 1] = next - text;
             ++*misses;
-        }
+        });
         if (frames[2 * t + 1] >= 0) *out++ = frames[2 * t + 1];
         counts[t] = out - first;
     }
@@ -172,9 +217,8 @@ int64_t words_look_up(const Words* words, const uint8_t* text, const int64_t* bo
 int64_t words_add(Words* words, const uint8_t* text, const int64_t* bounds, const int32_t* ids,
                   const int64_t* id_bounds, int64_t count) try {
     for (int64_t i = 0; i < count; i++) {
-        const uint8_t* word = text + bounds[i];
-        size_t length = size_t(bounds[i + 1] - bounds[i]), size = size_t(id_bounds[i + 1] - id_bounds[i]);
-        words->table.add(word, length, hash_of(word, length), ids + id_bounds[i], size);
+        Word word(text + bounds[i], size_t(bounds[i + 1] - bounds[i]), text + bounds[count]);
+        words->table.add(word, ids + id_bounds[i], size_t(id_bounds[i + 1] - id_bounds[i]));
     }
     return 0;
 } catch (const std::bad_alloc&) {
