@@ -50,7 +50,7 @@ UNSEPARATED_CHARACTERS = 8_000_000
 LONGEST_DOCUMENT = 1 << 28  # characters; a compressed bomb must end as an error
 HEAD_BYTES = 8192
 DEFAULT_STORIES = 100_000
-WORLDS = ("storyworld", "storyworld-small")
+WORLDS = {"storyworld": False, "storyworld-small": True}  # whether it is the small one
 HELD_OUT_START = 1_000_000_000  # validation stories of storyworld are numbered from here, whatever the size of training
 TINYSTORIES = "hf://datasets/roneneldan/TinyStories/TinyStoriesV2-GPT4-{}.txt"
 INSTEAD = "use `storyworld`, which is built in, or give a local file"
@@ -64,6 +64,7 @@ class Source:
     name: str
     paths: tuple[Path, ...] = ()
     stories: range | None = None
+    small: bool = False  # the story world that has few words
     validation: str | None = None
     members: int | None = None  # of each archive, the first so many
 
@@ -204,8 +205,7 @@ def _read(source: Source, seed: int) -> Iterator[str]:
     elif source.stories is not None:
         from smalllm.data.storyworld import stories
 
-        small = source.name.startswith(WORLDS[1])
-        yield from stories(seed=seed, start=source.stories.start, count=len(source.stories), small=small)
+        yield from stories(seed, source.stories.start, len(source.stories), source.small)
     for path in source.paths:
         yield from _read_path(path, source.members)
 
@@ -217,7 +217,12 @@ def _storyworld(world: str, rest: str) -> Source:
         raise UserError(f"source {world}:{rest} needs a number of stories from 1, as in {world}:{DEFAULT_STORIES}")
     count, start = int(match[1]), int(match[2] or 0)
     name = f"{world}:{count}" + (f"@{start}" if start else "")
-    return Source(name, stories=range(start, start + count), validation=f"{world}:{count // 50 + 1}@{HELD_OUT_START}")
+    return Source(
+        name,
+        stories=range(start, start + count),
+        small=WORLDS[world],
+        validation=f"{world}:{count // 50 + 1}@{HELD_OUT_START}",
+    )
 
 
 def _local_paths(source: str) -> list[Path]:

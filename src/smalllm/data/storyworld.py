@@ -1120,23 +1120,23 @@ class Rule:
     def __init__(self, name: str, alternatives: Iterable[Iterable[Element]]) -> None:
         self.name = name
         self.alternatives = [tuple(alternative) for alternative in alternatives]
-        self.choice = math.log2(len(self.alternatives))
-        self.few = self.alternatives[:SMALL_PLOTS] if name == "plot" else self.alternatives
-        self.bits = self.choice + sum(e.bits for a in self.alternatives for e in a) / len(self.alternatives)
+        self.size = len(self.alternatives)
+        self.few = SMALL_PLOTS if name == "plot" else self.size  # the small world has so many of them, the first ones
+        self.choice, self.few_choice = math.log2(self.size), math.log2(self.few)
+        self.bits = self.choice + sum(e.bits for a in self.alternatives for e in a) / self.size
 
     def tell(self, teller: Teller) -> None:
-        alternatives = self.few if teller.small else self.alternatives
-        teller.bits += math.log2(len(alternatives))
-        for element in alternatives[int(teller.random() * len(alternatives))]:
+        size, bits = (self.few, self.few_choice) if teller.small else (self.size, self.choice)
+        teller.bits += bits
+        for element in self.alternatives[int(teller.random() * size)]:
             element.tell(teller)
 
     def read(self, reader: Reader) -> bool:
         at, bits, violations = reader.at, (reader.bits, reader.small_bits), len(reader.violations)
-        for alternative in self.alternatives:
+        for place, alternative in enumerate(self.alternatives):
             if all(element.read(reader) for element in alternative):
                 reader.bits += self.choice
-                known = alternative in self.few
-                reader.small_bits += math.log2(len(self.few)) if known else math.inf
+                reader.small_bits += self.few_choice if place < self.few else math.inf
                 return True
             reader.at, (reader.bits, reader.small_bits) = at, bits
             del reader.violations[violations:]
