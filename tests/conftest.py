@@ -9,8 +9,19 @@ import torch
 
 from smalllm.config import RunConfig, parse_config
 from smalllm.data.prepare import prepare
+from smalllm.native import build
 
 torch.set_num_threads(1)  # two test processes share two cores, and bits depend on the number of threads
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """Skips a test that needs native code where there is none: no compiler, not Linux, or switched off."""
+    try:
+        build.load("kernels")
+        build.load("words")
+    except build.Unavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -10,20 +10,21 @@ import pytest
 from smalllm.native import build
 
 SOURCE = 'extern "C" int answer() { return 42; }'
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+needs_native = pytest.mark.usefixtures("native")
 
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache; and a package whose only source is ``toy.cpp``."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SMALLLM_NATIVE", raising=False)
     monkeypatch.setattr(build.resources, "files", lambda package: tmp_path)
     (tmp_path / "toy.cpp").write_text(SOURCE)
     build._load.cache_clear()
     return tmp_path / "cache" / "smalllm"
 
 
-@needs_compiler
+@needs_native
 def test_a_library_is_built_once(cache_folder: Path):
     assert build.load("toy").answer() == 42
     (built,) = cache_folder.iterdir()
@@ -33,7 +34,7 @@ def test_a_library_is_built_once(cache_folder: Path):
     assert [(path, path.stat().st_mtime_ns) for path in cache_folder.iterdir()] == [(built, before)]
 
 
-@needs_compiler
+@needs_native
 @pytest.mark.parametrize("change", ["source", "flags", "processor"])
 def test_another_source_flag_or_processor_is_another_library(
     change: str, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -51,7 +52,7 @@ def test_another_source_flag_or_processor_is_another_library(
     assert len(list(cache_folder.iterdir())) == 2
 
 
-@needs_compiler
+@needs_native
 def test_several_threads_get_one_library(cache_folder: Path):
     with ThreadPoolExecutor(8) as pool:
         libraries = list(pool.map(build.load, ["toy"] * 8))
@@ -59,7 +60,7 @@ def test_several_threads_get_one_library(cache_folder: Path):
     assert len(list(cache_folder.iterdir())) == 1
 
 
-@needs_compiler
+@needs_native
 def test_begin_builds_beside_other_work_and_swallows_what_fails(tmp_path: Path):
     build.begin("toy")
     assert build.load("toy").answer() == 42
@@ -70,11 +71,13 @@ def test_begin_builds_beside_other_work_and_swallows_what_fails(tmp_path: Path):
 
 
 def test_without_a_compiler_the_reason_is_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build.sys, "platform", "linux")
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with pytest.raises(build.Unavailable, match="no C\\+\\+ compiler here"):
         build.load("toy")
 
 
+@needs_native
 def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\necho 'fatal error: no such thing' >&2\nexit 1\n")
@@ -97,7 +100,7 @@ def test_native_code_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
         build.load("toy")
 
 
-@needs_compiler
+@needs_native
 def test_a_damaged_library_is_a_sentence(cache_folder: Path):
     path = build.compiler()
     assert path is not None

@@ -13,12 +13,9 @@ from torch.nn import functional as F
 
 from smalllm.config import ModelConfig
 from smalllm.model import GPT
-from smalllm.native import build, kernels
+from smalllm.native import kernels
 
-try:
-    build.load("kernels")
-except build.Unavailable as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("native")
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from smalllm.config import ModelConfig
 from smalllm.data.batches import IGNORE, Batch
 from smalllm.model import GPT
-from smalllm.native import build
 from smalllm.training import objectives
 from smalllm.training.objectives import cross_entropy_sum, linear_cross_entropy
 
@@ -105,12 +104,9 @@ def test_an_id_outside_the_vocabulary_is_an_error_never_clamped():
         linear_cross_entropy(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([8]))
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("chunk_bytes", [1, 4000, 2**25])
 def test_the_fused_loss_is_the_plain_one(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    try:
-        build.load("kernels")
-    except build.Unavailable as error:
-        pytest.skip(str(error))
     monkeypatch.setitem(objectives.CHUNK_BYTES, "native", chunk_bytes)
     generator = torch.Generator().manual_seed(3)
     targets = torch.randint(0, 70, (29,), generator=generator)

@@ -106,6 +106,8 @@ def test_why_a_model_runs_plainly_is_said(monkeypatch: pytest.MonkeyPatch):
     assert accelerate(small_model(heads=4), "auto", False, runtime) == (
         "plain", "the run is too short to earn the compile time back",
     )  # fmt: skip
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("SMALLLM_NATIVE", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("smalllm.native.build.load", build._load.__wrapped__)
     for model in (small_model(), small_model(heads=4)):

@@ -171,7 +171,7 @@ PHRASES = st.lists(
     max_size=12,
 ).map("".join)  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
-needs_words = pytest.mark.skipif(MODEL._word_encoder is None, reason="there is no native code here")
+needs_words = pytest.mark.usefixtures("native")
 
 
 def documents(tokenizer: Tokenizer, texts: list[str], threads: int = 2) -> list[list[int]]:

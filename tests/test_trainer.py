@@ -19,7 +19,7 @@ import torch
 from smalllm.checkpoint import RunFolder, open_run
 from smalllm.config import RunConfig, UserError
 from smalllm.metrics import read_records
-from smalllm.native import build, kernels
+from smalllm.native import kernels
 from smalllm.training import trainer as trainer_module
 from smalllm.training.schedule import Plan
 from smalllm.training.trainer import Trainer, TrainingFailure, train
@@ -588,7 +588,7 @@ def test_a_compiler_that_fails_is_survived(tiny, tmp_path: Path, monkeypatch: py
     assert digest(tmp_path / "eager") == digest(tmp_path / "compiled")
 
 
-@pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.01)])
 def test_the_fast_path_learns_what_the_plain_one_learns(tiny, tmp_path: Path, precision: str, tolerance: float):
     """The same losses step by step, to rounding: 40 steps, at which the loss has fallen by more than a tenth."""
@@ -601,7 +601,7 @@ def test_the_fast_path_learns_what_the_plain_one_learns(tiny, tmp_path: Path, pr
     assert losses["auto"] != losses["off"] and losses["auto"][-1] < 0.9 * losses["auto"][0]
 
 
-@pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+@pytest.mark.usefixtures("native")
 def test_a_run_that_goes_on_with_other_kernels_says_so(tiny, tmp_path: Path):
     interrupt_at(tiny(train={"compile": "auto"}), tmp_path, 4)
     display = Recorder()

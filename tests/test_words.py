@@ -9,13 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smalllm.native.build import Unavailable
 from smalllm.native.words import Words, bounds_of, fill, flattened
 
-try:
-    Words([])
-except Unavailable as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("native")
 
 WORDS = st.text(alphabet="ab c\n\0éñ日本🙂", max_size=6)
 TEXTS = st.lists(WORDS, max_size=50).map("".join)  # of many times 64 bytes
