@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -37,11 +36,11 @@ def model_of(architecture: str, width: int = 64, heads: int = 4, seed: int = 0) 
     return model
 
 
-def results(model: GPT, ids: Tensor, starts: Tensor | None, dtype: torch.dtype | None, autocast: bool = False):
-    """Hidden states and gradients of a fixed weighted sum of them; ``dtype``: that of the kernels, None: model.py."""
-    model.fused = functools.partial(kernels.hidden, dtype=dtype) if dtype else None
+def results(model: GPT, ids: Tensor, starts: Tensor | None = None, fused: bool = True, bf16: bool = False):
+    """Hidden states and gradients of a fixed weighted sum of them, from the kernels or from model.py."""
+    model.fused = kernels.hidden if fused else None
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         hidden = model.hidden(ids, starts=starts).float()
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     (hidden * weights).sum().backward()
@@ -67,15 +66,15 @@ STARTS = torch.tensor([[0] * 70, [0] * 3 + [3] * 40 + [43] * 27, [0] + [1] * 68 
 def test_values_and_gradients_are_those_of_the_model(architecture: str, positions: int):
     model = model_of(architecture)
     ids = ids_of(3, positions)
-    assert worst(results(model, ids, None, torch.float32), results(model, ids, None, None)) < 5e-6
+    assert worst(results(model, ids), results(model, ids, fused=False)) < 5e-6
 
 
 @every_architecture
 def test_documents_of_a_row_do_not_see_each_other(architecture: str):
     model, ids = model_of(architecture), ids_of(3, 70)
-    found = results(model, ids, STARTS, torch.float32)
-    assert worst(found, results(model, ids, STARTS, None)) < 5e-6
-    alone = results(model, ids[1:2, 3:43], None, torch.float32)["hidden"]
+    found = results(model, ids, STARTS)
+    assert worst(found, results(model, ids, STARTS, fused=False)) < 5e-6
+    alone = results(model, ids[1:2, 3:43])["hidden"]
     torch.testing.assert_close(found["hidden"][1:2, 3:43], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -83,30 +82,41 @@ def test_documents_of_a_row_do_not_see_each_other(architecture: str):
 def test_heads_of_any_supported_width(width: int, heads: int):
     model, ids = model_of("llama", width, heads), ids_of(2, 50)
     assert kernels.supports(model.config)
-    assert worst(results(model, ids, None, torch.float32), results(model, ids, None, None)) < 5e-6
+    assert worst(results(model, ids), results(model, ids, fused=False)) < 5e-6
 
 
 @every_architecture
 @pytest.mark.parametrize("positions", [48, 64, 150])
 def test_bfloat16_is_as_near_to_float32_as_autocast(architecture: str, positions: int):
     model, ids = model_of(architecture, 128), ids_of(2, positions)
-    exact = results(model, ids, None, None)
-    plain = worst(results(model, ids, None, None, autocast=True), exact)
-    assert 1e-4 < worst(results(model, ids, None, torch.bfloat16), exact) < 1.3 * plain
+    exact = results(model, ids, fused=False)
+    plain = worst(results(model, ids, fused=False, bf16=True), exact)
+    assert 1e-4 < worst(results(model, ids, bf16=True), exact) < 1.3 * plain
+
+
+def test_logits_need_no_autocast():
+    """The head follows the kernels: float32 alone, bfloat16 in autocast."""
+    model, ids = model_of("llama"), ids_of(2, 30)
+    plain, model.fused = model(ids), kernels.hidden
+    torch.testing.assert_close(model(ids), plain, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(ids)
+    assert low.dtype == torch.bfloat16 and not torch.equal(low.float(), plain)
+    torch.testing.assert_close(low.float(), plain, rtol=0.05, atol=0.05)
 
 
 def test_recomputation_changes_nothing():
     model, ids = model_of("qwen3"), ids_of(2, 40)
-    expected = results(model, ids, None, torch.float32)
+    expected = results(model, ids)
     model.recompute = True
-    assert worst(results(model, ids, None, torch.float32), expected) == 0.0
+    assert worst(results(model, ids), expected) == 0.0
 
 
 def test_a_later_token_changes_nothing_before_it():
     model, ids = model_of("llama"), ids_of(1, 90)
-    before = results(model, ids, None, torch.float32)["hidden"]
+    before = results(model, ids)["hidden"]
     ids[0, 50] = (ids[0, 50] + 1) % 99
-    after = results(model, ids, None, torch.float32)["hidden"]
+    after = results(model, ids)["hidden"]
     assert torch.equal(before[0, :50], after[0, :50]) and not torch.equal(before[0, 50], after[0, 50])
 
 
@@ -114,9 +124,9 @@ def test_the_number_of_threads_changes_rounding_at_most():
     model, ids, threads = model_of("qwen3"), ids_of(3, 60), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = results(model, ids, None, torch.float32)
+        alone = results(model, ids)
         torch.set_num_threads(3)
-        together, again = (results(model, ids, None, torch.float32) for _ in range(2))
+        together, again = (results(model, ids) for _ in range(2))
     finally:
         torch.set_num_threads(threads)
     assert worst(together, alone) < 1e-6
@@ -128,7 +138,7 @@ def test_what_is_not_finite_is_seen(value: float):
     model = model_of("llama")
     with torch.no_grad():
         model.blocks[0].attention.qkv.weight[3, 4] = value  # type: ignore[union-attr]
-    assert not results(model, ids_of(1, 20), None, torch.bfloat16)["hidden"].isfinite().all()
+    assert not results(model, ids_of(1, 20), bf16=True)["hidden"].isfinite().all()
 
 
 def test_dropout_and_narrow_heads_are_left_to_the_model():

@@ -602,6 +602,16 @@ def test_the_fast_path_learns_what_the_plain_one_learns(tiny, tmp_path: Path, pr
 
 
 @pytest.mark.usefixtures("native")
+def test_preflight_examines_the_path_that_trains(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    original = kernels.hidden
+    monkeypatch.setattr(kernels, "hidden", lambda model, x, starts: original(model, x.flip(1), starts).flip(1))
+    train = {"preflight": True, "compile": "auto", "precision": "bf16"}
+    with pytest.raises(UserError, match="preflight check failed: no logit sees the future"):
+        Trainer(tiny(train=train), RunFolder(tmp_path)).fit()
+    Trainer(tiny(train=train | {"compile": "off"}), RunFolder(tmp_path)).begin()
+
+
+@pytest.mark.usefixtures("native")
 def test_a_run_that_goes_on_with_other_kernels_says_so(tiny, tmp_path: Path):
     interrupt_at(tiny(train={"compile": "auto"}), tmp_path, 4)
     display = Recorder()

@@ -5,7 +5,6 @@ The only module that may know torch.distributed (one rank for now); models and l
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
@@ -115,7 +114,7 @@ def accelerate(model: GPT, wish: str, worthwhile: bool, runtime: Runtime) -> tup
             build.load("kernels")
         except build.Unavailable as error:
             return "plain", str(error)
-        model.fused = functools.partial(kernels.hidden, dtype=runtime.dtype)
+        model.fused = kernels.hidden
         return "native", ""
     if wish == "auto" and not worthwhile:
         return "plain", "the run is too short to earn the compile time back"

@@ -1,7 +1,7 @@
 """The forward pass of a GPT on a CPU with fused C++ between its matrix products: the mathematics of model.py, faster.
 
 Activations are [rows, width] with rows = B x T, in the dtype of the matrix products; the residual stream, norms and sums
-are float32. Gradients agree with autograd through model.py to rounding (tests/native/test_kernels.py).
+are float32. Gradients agree with autograd through model.py to rounding (tests/test_native_kernels.py).
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ def supports(config: ModelConfig) -> bool:
     return config.head_width % 16 == 0 and not config.dropout
 
 
-def hidden(model: GPT, x: Tensor, starts: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The normed residual stream [B, T, C] in ``dtype`` from embeddings x [B, T, C]: what ``GPT.hidden`` computes.
+def hidden(model: GPT, x: Tensor, starts: Tensor | None) -> Tensor:
+    """The normed residual stream [B, T, C] from embeddings x [B, T, C]: what ``GPT.hidden`` computes, in the dtype that
+    autocast gives matrix products (one of ``SUFFIXES``), and in float32 without autocast.
 
     ``starts`` [B, T], int32: the first position that each may attend to (where its story begins), not decreasing in a row."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     shape, delta, bounds = x.shape, None, bounds_of(starts, x.shape[:2])
     with torch.autocast("cpu", enabled=False):
         x = x.float().reshape(-1, shape[-1])
@@ -212,7 +214,7 @@ def _pointer(tensor: Tensor) -> int:
 
 @cache
 def _function(name: str) -> Any:
-    """A function of the library with its argument types; where several types fit, the widest."""
+    """A function of the library with its argument types; the name ends in one of ``SUFFIXES``."""
     function = getattr(build.load("kernels"), name)
     function.restype = None
     pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float

@@ -291,9 +291,9 @@ class Trainer:
             self.folder.files.mkdir(self.folder.path)
             self.rewind_logs()  # of a run that was killed before its first checkpoint
             self.tokenizer.save(self.folder.tokenizer_file)
-            if self.config.train.preflight:
-                self.preflight()
         self.accelerate(checkpoint)
+        if checkpoint is None and self.config.train.preflight:
+            self.preflight()
         self.folder.write_text(self.folder.config_file, self.config.to_toml())
         self.folder.write_text(self.folder.environment_file, json.dumps(self.environment(), indent=1) + "\n")
         self.sinks = Sinks(
@@ -306,7 +306,8 @@ class Trainer:
     def preflight(self) -> None:
         """Find in seconds what would cost the run; UserError that names the check."""
         batch = next(self.batches.micro_batches(0, 2)).to(self.runtime.device)
-        checks = preflight(self.model, self.tokenizer, self.dataset, batch)
+        with eager(self.execution == "compiled"):
+            checks = preflight(self.model, self.tokenizer, self.dataset, batch)
         require(checks)
         self.display.note(
             f"preflight: {len(checks)} checks passed ({next(c.detail for c in checks if 'first loss' in c.name)})"
