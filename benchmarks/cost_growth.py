@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.ticker import LogLocator
+from train_throughput import run
 
 from smalllm.config import RunConfig, UserError, load_recipe
 from smalllm.model import GPT
@@ -199,7 +200,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(main)

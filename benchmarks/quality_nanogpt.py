@@ -9,7 +9,6 @@ tenth, bf16 autocast, torch.compile, all inside the time budget. Run it as:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
@@ -21,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from train_throughput import nanogpt_model, run
 
+from smalllm.config import ModelConfig
 from smalllm.data.shards import TokenDataset
 from smalllm.evaluation import Evaluation, score_documents
 
@@ -51,27 +52,14 @@ class Judged:
         return normed
 
 
-def load_nanogpt(folder: Path) -> Any:
-    """The module of ``folder``/model.py."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def train(options: argparse.Namespace, dataset: TokenDataset) -> tuple[Any, list[dict[str, float]]]:
     """The trained model, and (seconds, step, bits per byte) at each evaluation; evaluations do not count as time."""
     began = time.monotonic()
     torch.manual_seed(options.seed)
-    nanogpt = load_nanogpt(options.nanogpt)
-    model = nanogpt.GPT(
-        nanogpt.GPTConfig(
-            n_layer=options.layers, n_head=options.heads, n_embd=options.width, block_size=options.context,
-            vocab_size=dataset.manifest.vocab_size, dropout=0.0, bias=False,
-        )
-    )  # fmt: skip
+    model: Any = nanogpt_model(options.nanogpt, ModelConfig(
+        layers=options.layers, heads=options.heads, width=options.width, context=options.context,
+        vocab_size=dataset.manifest.vocab_size,
+    ))  # fmt: skip
     optimizer = model.configure_optimizers(0.1, options.lr, (0.9, 0.99), "cpu")
     compiled = torch.compile(model)
     tokens = np.concatenate([document for document in dataset.train.iterate_documents()]).astype(np.int64)
@@ -112,7 +100,8 @@ def evaluate(judged: Judged, dataset: TokenDataset) -> Evaluation:
     return score_documents(judged, documents, sizes, autocast=torch.autocast("cpu", torch.bfloat16))  # type: ignore[arg-type]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Train, evaluating on the way; one JSON object at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="folder of nanoGPT, with its model.py")
     parser.add_argument("--data", type=Path, required=True, help="folder made by smalllm prepare")
@@ -136,7 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
             {"parameters": parameters, "tokens": curve[-1]["step"] * options.batch * options.context, "curve": curve}
         )
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from operator import truediv
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -392,8 +392,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run(main: Callable[[], int]) -> NoReturn:
+    """End a script with what ``main`` returns; a user's mistake is one sentence."""
     try:
         sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run(main)
