@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from test_generation import save_run
 
-from smalllm import cli
+from smalllm import cli, generation
 from smalllm.checkpoint import open_run
 from smalllm.commands import chat
 from smalllm.commands.chat import ChatSession
 from smalllm.config import RunConfig, UserError
 from smalllm.generation import Generator, SamplingParams
+from smalllm.native.decode import Choice
 
 PARAMS = SamplingParams(max_tokens=12, temperature=1.0, seed=1)
 
@@ -75,7 +76,7 @@ def test_an_interrupted_answer_stays_and_can_be_continued(session: ChatSession) 
 
 def test_a_text_that_has_ended_says_so(session: ChatSession) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Generator, "choose", lambda self, logits, rows, params: [2] * len(rows))
+        patch.setattr(generation, "choose", lambda logits, rows, forbidden: [Choice(2)] * len(rows))
         assert said(session, "The end.") == "(the text ends here; type another beginning)\n"
     assert session.texts == ["The end."]
 
@@ -241,7 +242,7 @@ def test_shown_text_holds_no_control_characters(
 ) -> None:
     dangerous = session.run.tokenizer.encode("\x1b]0;t\x07\x9b2J\rx")
     says = itertools.cycle(dangerous)
-    monkeypatch.setattr(Generator, "choose", lambda self, logits, rows, params: [next(says)])
+    monkeypatch.setattr(generation, "choose", lambda logits, rows, forbidden: [Choice(next(says))])
     monkeypatch.setattr(sys, "stdin", io.StringIO("/tokens 40\nOnce\n/\x1b[2J\n"))
     chat._converse(session)
     assert "\x1b]0;t\x07" in session.texts[0]  # the model said it, and /save keeps it
@@ -264,7 +265,7 @@ def test_control_c_ends_an_answer_or_a_line_and_not_the_chat(
     lines: Iterator[Any] = iter(
         ["Once", KeyboardInterrupt(), UnicodeDecodeError("utf-8", b"\xff", 0, 1, ""), "/settings"]
     )
-    choose, calls = Generator.choose, []
+    choose, calls = generation.choose, []
 
     def read(_prompt: str) -> str:
         line = next(lines, EOFError())
@@ -272,14 +273,14 @@ def test_control_c_ends_an_answer_or_a_line_and_not_the_chat(
             raise line
         return str(line)
 
-    def interrupted(self: Generator, *arguments: Any) -> list[int]:
+    def interrupted(*arguments: Any) -> list[Choice]:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return choose(self, *arguments)
+        return choose(*arguments)
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr(Generator, "choose", interrupted)
+    monkeypatch.setattr(generation, "choose", interrupted)
     chat._converse(session)
     printed = capsys.readouterr().out
     assert len(calls) == 4 and session.texts[0].startswith("Once")

@@ -19,10 +19,15 @@ from torch import Tensor
 from smalllm import cli
 from smalllm.checkpoint import RunFolder, Snapshot, model_weights
 from smalllm.config import ModelConfig, RunConfig, UserError
+from smalllm.decoder import Decoder, TorchDecoder, make_decoder
 from smalllm.generation import (
+    Batch,
     Generator,
+    Row,
     SamplingParams,
     StopSearch,
+    _choose_plainly,
+    choose,
     filter_logits,
     forbid,
     forbid_repeated_ngrams,
@@ -34,6 +39,8 @@ from smalllm.generation import (
     scale_temperature,
 )
 from smalllm.model import GPT
+from smalllm.native import decode
+from smalllm.native.decode import Part
 from smalllm.tokenizer import Tokenizer
 
 CONTEXT = 32
@@ -44,6 +51,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "activation": "gelu", "bias": True, "positions": "learned"},
 }
 PROMPTS = ["Once", "", "the cat sat on the mat", "é🙂", "a b c", "zzz", "One day a dog", "x" * 31]
+
+
+FORBIDDEN = torch.tensor([0, 1], dtype=torch.int32)
+MakeDecoder = Callable[[GPT, int], Decoder]
+decoders = pytest.mark.parametrize(
+    "make", [TorchDecoder, lambda model, slots: make_decoder(model, slots, "fp32")], ids=["torch", "native"]
+)
 
 
 class Bytes:
@@ -109,7 +123,12 @@ def make_model(seed: int = 0, **settings: Any) -> GPT:
 
 
 def make_generator(**settings: Any) -> Generator:
-    return Generator(make_model(**settings), bytes_tokenizer())
+    return Generator(make_model(**settings), bytes_tokenizer(), weights="fp32")
+
+
+def read(decoder: Decoder, *parts: tuple[int, int, Sequence[int]]) -> Tensor:
+    """Logits [parts, V] after parts (slot, position, ids) were added."""
+    return decoder.forward([Part(*part) for part in parts])
 
 
 def says(text: bytes, context: int = CONTEXT) -> Generator:
@@ -218,6 +237,117 @@ def test_filters_equal_those_of_transformers(params: SamplingParams) -> None:
     assert torch.allclose(actual.softmax(-1), expected.softmax(-1), atol=1e-6)
 
 
+# ── the choice ──
+
+WISHES = [
+    {"temperature": 0.0},
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.0, "top_k": 7},
+    {"temperature": 1.5, "top_k": 299},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 5.0, "top_p": 0.999},
+    {"temperature": 1.0, "top_p": 0.0},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 1.0, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "repetition_penalty": 5.0},
+    {"temperature": 1.0, "no_repeat_ngram": 2},
+    {"temperature": 1.0, "logit_bias": {5: 3.0, 9: -math.inf, 200: -1.0}},
+    {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2, "no_repeat_ngram": 3},
+]
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("wish", WISHES, ids=str)
+def test_cpp_chooses_as_the_filters_do(wish: dict[str, Any], spread: float, native: None) -> None:
+    """The same numbers drawn, the same tokens chosen, whole rows of logits long and with ties."""
+    params = SamplingParams(**wish, seed=3, logprobs=5)
+    torch.manual_seed(8)
+    logits = torch.cat([spread * torch.randn(60, 300), spread * torch.randint(0, 5, (4, 300)).float()])
+    ids = torch.randint(2, 12, (64, 30)).tolist()
+    plain, fast = ([Row(row, params, bytes_tokenizer(), n) for n, row in enumerate(ids)] for _ in range(2))
+    slow = [_choose_plainly(forbid(logits[n : n + 1], FORBIDDEN.long()), row) for n, row in enumerate(plain)]
+    for n, (expected, chosen) in enumerate(zip(slow, choose(logits.clone(), fast, FORBIDDEN), strict=True)):
+        assert chosen.id == expected.id > 1
+        assert chosen.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        assert [log for _, log in chosen.alternatives] == pytest.approx(
+            [log for _, log in expected.alternatives], abs=1e-4
+        )
+        if n < 60:  # without ties
+            assert [id for id, _ in chosen.alternatives] == [id for id, _ in expected.alternatives]
+
+
+def test_cpp_draws_what_the_distribution_says(native: None) -> None:
+    probabilities = torch.tensor([0.0, 0.0, 0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
+    params, draws = SamplingParams(temperature=1.0, seed=1), 100_000
+    row = Row([1], params, bytes_tokenizer())
+    logits = probabilities.log().expand(draws, -1).clone()
+    ids = torch.tensor([choice.id for choice in choose(logits, [row] * draws, FORBIDDEN)])
+    counts, expected = torch.bincount(ids, minlength=8).double(), draws * probabilities.double()
+    assert float(((counts - expected) ** 2 / expected)[2:].sum()) < 25.7  # p = 1e-4 at 5 degrees of freedom
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-24])
+@pytest.mark.parametrize("vocab", [300, 16_000])
+def test_cpp_draws_at_the_ends_of_the_interval(uniform: float, vocab: int, native: None) -> None:
+    logits = torch.full((1, vocab), -1e30)
+    logits[0, [7, 290]] = 0.0
+    wish = decode.Wish(1.0, 0, 1.0, 0.0, 1.0, uniform)
+    assert decode.choose(logits, [wish], FORBIDDEN)[0].id == (7 if uniform < 0.5 else 290)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_broken_row_does_not_touch_its_neighbours(broken: float) -> None:
+    logits = torch.zeros(3, 300)
+    logits[:, 77] = 50.0
+    logits[1, 5] = broken
+    rows = [Row([1], SamplingParams(), bytes_tokenizer(), n) for n in range(3)]
+    assert [choice.id for choice in choose(logits, rows, FORBIDDEN)] == [77, -1, 77]
+    assert choose(torch.full((1, 300), -math.inf), rows[:1], FORBIDDEN)[0].id == -1
+
+
+# ── rows that come and go ──
+
+
+def test_rows_join_and_leave_at_any_step_without_touching_each_other() -> None:
+    generator = make_generator()
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=4)
+    alone = [generator.batch([prompt], params, [n])[0] for n, prompt in enumerate(PROMPTS)]
+    batch = Batch(generator.model, bytes_tokenizer(), slots=3, weights="fp32")
+    waiting = [Row([1, *bytes_tokenizer().encode(p)], params, bytes_tokenizer(), n) for n, p in enumerate(PROMPTS)]
+    rows, texts = list(waiting), dict.fromkeys(waiting, "")
+    guests: list[Row] = []
+    while waiting or batch.rows:
+        while waiting and batch.free > 1:
+            batch.add(waiting.pop(0))
+        if batch.free:
+            guests.append(Row([1, 50], SamplingParams(seed=len(guests)), bytes_tokenizer()))
+            batch.add(guests[-1])
+        for token in batch.step():
+            texts[token.row] = texts.get(token.row, "") + token.text
+        if guests[-1] in batch.rows:
+            batch.remove(guests[-1])  # cancelled after one step
+    assert [texts[row] for row in rows] == [done.text for done in alone]
+    assert [row.generated for row in rows] == [list(done.ids) for done in alone]
+
+
+def test_long_prompts_are_read_in_pieces_beside_rows_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smalllm.generation.CHUNK", 7)
+    generator, params = make_generator(), SamplingParams(max_tokens=9, temperature=0.0)
+    batch = Batch(generator.model, bytes_tokenizer(), slots=3, weights="fp32")
+    rows = [Row([1, *[60 + n] * length], params, bytes_tokenizer()) for n, length in enumerate((2, 30, 20))]
+    for row in rows:
+        batch.add(row)
+    steps = []
+    while batch.rows:
+        steps.append([token.row for token in batch.step()])
+    assert steps[0] == rows[:1] and all(rows[0] in step for step in steps[:9])
+    assert sum(rows[1] in step for step in steps[:4]) == 0 and rows[1] in steps[5]
+    for row in rows:
+        text = generator.batch([bytes_tokenizer().decode(row.ids[: row.prompt_length])], params)[0]
+        assert list(text.ids) == row.generated
+
+
 # ── edges ──
 
 
@@ -238,19 +368,22 @@ def test_extreme_temperatures_stay_distributions() -> None:
 def test_one_possible_token_is_always_chosen(params: SamplingParams) -> None:
     logits = torch.full((1, 259), -math.inf)
     logits[0, 77] = -5.0
-    generator = make_generator()
-    row = generator._row("abc", params, 0)
-    assert {generator.choose(logits, [row], params)[0] for _ in range(20)} == {77}
+    row = Row([1, 70], params, bytes_tokenizer())
+    assert {choose(logits.clone(), [row], FORBIDDEN)[0].id for _ in range(20)} == {77}
 
 
+@pytest.mark.parametrize("weights", ["auto", "fp32"])
+@pytest.mark.parametrize("tensor", ["norm.weight", "blocks.0.attention.qkv.weight"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SamplingParams(top_k=3, top_p=0.9, min_p=0.1)])
-def test_logits_that_are_not_numbers_are_an_error(bad: float, params: SamplingParams) -> None:
+def test_logits_that_are_not_numbers_are_an_error(
+    bad: float, params: SamplingParams, tensor: str, weights: Any
+) -> None:
     model = make_model()
     with torch.no_grad():
-        model.get_parameter("norm.weight")[3] = bad
+        model.get_parameter(tensor)[3] = bad
     with pytest.raises(UserError, match="not finite"):
-        Generator(model, bytes_tokenizer()).complete("abc", params)
+        Generator(model, bytes_tokenizer(), weights).complete("abc", params)
 
 
 def test_sampled_frequencies_fit_the_distribution() -> None:
@@ -270,8 +403,10 @@ def test_the_ends_of_the_unit_interval_hit_the_first_and_last_possible_token() -
 
 
 def test_row_numbers_are_uniform_and_differ_between_rows_and_seeds() -> None:
-    generator = make_generator()
-    rows = [generator._row("", SamplingParams(seed=seed), index) for seed, index in ((1, 0), (1, 1), (2, 0), (1, 0))]
+    rows = [
+        Row([1], SamplingParams(seed=seed), bytes_tokenizer(), index)
+        for seed, index in ((1, 0), (1, 1), (2, 0), (1, 0))
+    ]
     numbers = torch.tensor([[row.uniform() for _ in range(2000)] for row in rows], dtype=torch.float64)
     assert torch.equal(numbers[0], numbers[3])
     assert abs(torch.corrcoef(numbers[:3]) - torch.eye(3)).max() < 0.1
@@ -309,29 +444,63 @@ def uncached_greedy(model: GPT, ids: list[int], tokens: int) -> tuple[list[int],
     return ids[-tokens:], found
 
 
+@decoders
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_cached_logits_equal_uncached_ones(architecture: str) -> None:
-    generator = make_generator(**ARCHITECTURES[architecture])
-    assert generator.model.config.architecture == architecture
+def test_cached_logits_equal_uncached_ones(architecture: str, make: MakeDecoder) -> None:
+    model = make_model(**ARCHITECTURES[architecture])
+    assert model.config.architecture == architecture
     ids = [1, *bytes_tokenizer().encode("cats and d")]
-    tokens, expected = uncached_greedy(generator.model, ids, 20)
-    cache, logits = generator.prefill([ids], 31)
-    for token, wanted in zip(tokens, expected, strict=True):
+    tokens, expected = uncached_greedy(model, ids, 20)
+    decoder = make(model, 1)
+    logits = read(decoder, (0, 0, ids))
+    for at, (token, wanted) in enumerate(zip(tokens, expected, strict=True), start=len(ids)):
         assert float((logits[0] - wanted).abs().max()) < 1e-4
-        logits = generator.decode_one_token([token], cache)
+        logits = read(decoder, (0, at, [token]))
 
 
+@decoders
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ragged_prefill_and_decode_equal_each_row_alone(architecture: str) -> None:
-    generator = make_generator(**ARCHITECTURES[architecture])
+def test_ragged_parts_equal_each_row_alone(architecture: str, make: MakeDecoder) -> None:
+    """Prompts of many lengths, some in two pieces, beside rows that decode already, in slots that were used before."""
+    model = make_model(**ARCHITECTURES[architecture])
+    decoder = make(model, len(PROMPTS))
     prompts = [[1, *bytes_tokenizer().encode(prompt)][:20] for prompt in PROMPTS]
-    cache, logits = generator.prefill(prompts, CONTEXT)
-    following = [generator.decode_one_token(range(50 + step, 58 + step), cache) for step in range(3)]
-    for row, prompt in enumerate(prompts):
+    decoder.forward([Part(slot, 0, [9] * 30) for slot in range(len(PROMPTS))])
+    early, late = range(0, len(PROMPTS), 2), range(1, len(PROMPTS), 2)
+    seen = dict(zip(early, read(decoder, *((slot, 0, prompts[slot]) for slot in early))[:, None], strict=True))
+    first = [Part(slot, len(prompts[slot]), [50 + slot]) for slot in early]
+    decoder.forward([*first, *(Part(slot, 0, prompts[slot][:2], 0) for slot in late if len(prompts[slot]) > 2)])
+    rest = [(slot, 2, prompts[slot][2:]) if len(prompts[slot]) > 2 else (slot, 0, prompts[slot]) for slot in late]
+    seen |= dict(zip(late, read(decoder, *rest)[:, None], strict=True))
+    decoder.forward([Part(slot, len(prompts[slot]), [50 + slot]) for slot in late])
+    for slot, prompt in enumerate(prompts):
+        both = decoder.forward([Part(slot, len(prompt) + 1, [51, 52], 2)])
         with torch.inference_mode():
-            alone = generator.model(torch.tensor([[*prompt, 50 + row, 51 + row, 52 + row]]))[0]
-        seen = torch.stack([logits[row], *(step[row] for step in following)])
-        assert float((seen - alone[len(prompt) - 1 :]).abs().max()) < 1e-4
+            alone = model(torch.tensor([[*prompt, 50 + slot, 51, 52]]))[0]
+        assert float((seen[slot] - alone[len(prompt) - 1]).abs().max()) < 1e-4
+        assert float((both - alone[-2:]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_in_cpp_are_the_same_bits_alone_and_in_company(architecture: str, weights: str, native: None) -> None:
+    """At a time, token by token, and in the middle of a batch."""
+    model = make_model(**ARCHITECTURES[architecture], width=80, heads=4, vocab_size=261)
+    ids = torch.randint(3, 259, (30,), generator=torch.Generator().manual_seed(1)).tolist()
+    decoder = decode.Decoder(model, 5, weights)
+    whole = decoder.forward([Part(0, 0, ids, len(ids))])
+    single = torch.cat([read(decoder, (1, at, [id])) for at, id in enumerate(ids)])
+    crowd = torch.cat(
+        [
+            decoder.forward([Part(slot, at, [id] if slot == 3 else [7 * slot + 5]) for slot in range(5)])[3:4]
+            for at, id in enumerate(ids)
+        ]
+    )
+    assert torch.equal(whole, single) and torch.equal(whole, crowd)
+    with torch.inference_mode():
+        exact = model(torch.tensor([ids]))[0]
+    allowed = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.1}[weights]
+    assert float((whole - exact).abs().max()) < allowed * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

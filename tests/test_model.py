@@ -101,13 +101,16 @@ def test_rows_of_different_length_share_a_cache(name: str):
     for row, length in enumerate(lengths):
         padded[row, :length] = ids[row, :length]
     model(padded, cache)
-    cache.set_lengths(lengths)
+    cache = cache.at(range(3), lengths)
     for extra in range(3):
         step = torch.stack([ids[row, length + extra] for row, length in enumerate(lengths)])[:, None]
         together = model(step, cache)
         for row, length in enumerate(lengths):
             alone = model(ids[row : row + 1, : length + extra + 1])[0, -1]
             torch.testing.assert_close(together[row, 0], alone, atol=1e-5, rtol=1e-4)
+    some = model(ids[[2, 1], 16:18], cache.at([2, 1], [16, 16]))  # back in their rows, in another order
+    for place, row in enumerate((2, 1)):
+        torch.testing.assert_close(some[place], model(ids[row : row + 1, :18])[0, 16:], atol=1e-5, rtol=1e-4)
 
 
 def test_more_than_the_context_is_refused():

@@ -18,7 +18,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache; and a package whose only source is ``toy.cpp``."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SMALLLM_NATIVE", raising=False)
-    monkeypatch.setattr(build.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
     (tmp_path / "toy.cpp").write_text(SOURCE)
     build._load.cache_clear()
     return tmp_path / "cache" / "smalllm"
@@ -105,7 +105,8 @@ def test_a_damaged_library_is_a_sentence(cache_folder: Path):
     path = build.compiler()
     assert path is not None
     cache_folder.mkdir(parents=True)
-    (cache_folder / f"toy-{build._fingerprint(SOURCE.encode(), path)}.so").write_bytes(b"not a library")
+    fingerprint = build._fingerprint(build.FOLDER / "toy.cpp", path)
+    (cache_folder / f"toy-{fingerprint}.so").write_bytes(b"not a library")
     with pytest.raises(build.Unavailable, match="could not build toy.cpp"):
         build.load("toy")
 

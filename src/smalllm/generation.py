@@ -1,4 +1,4 @@
-"""Text from a model: sampling parameters, pure logit filters, and a Generator that prefills, decodes, streams, batches.
+"""Text from a model: sampling parameters, pure logit filters, a Batch of rows that come and go, and a Generator.
 
 A text begins at the begin-of-document token and ends at the end-of-text token, at a stop string or after
 ``max_tokens``. What a row says depends on its prompt, the seed and its index, never on its neighbours. The module
@@ -10,19 +10,26 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from smalllm.config import UserError
-from smalllm.model import GPT, KVCache
+from smalllm.decoder import Weights, make_decoder
+from smalllm.model import GPT
+from smalllm.native import decode
+from smalllm.native.decode import Choice, Part, Wish
 from smalllm.tokenizer import UNK, StreamDecoder, Tokenizer
 
 ROWS = 64  # texts decoded together by Generator.batch: bounds the memory of the cache
+CHUNK = 256  # tokens of prompts read in one step, so that rows that are decoding wait for milliseconds only
+NOT_FINITE = "the logits are not finite (NaN or infinity), the model's weights are broken; use another checkpoint"
 LONGEST_NGRAM = 1024
+MOST_LOGPROBS = 20
 
 # ── parameters ──
 
@@ -33,6 +40,8 @@ class SamplingParams:
 
     ``temperature`` 0 is greedy. ``None`` (for ``top_k`` and ``no_repeat_ngram`` also 0) switches a filter off. The
     same ``seed`` gives the same text; ``None`` gives another one each time. ``stop`` is one string or several.
+    ``logprobs`` asks for each token's log probability and those of so many most likely ones, as the model gives them,
+    before any filter. ``logit_bias`` adds numbers to the logits of ids.
 
     >>> SamplingParams(top_p=1.5)
     Traceback (most recent call last):
@@ -48,6 +57,8 @@ class SamplingParams:
     no_repeat_ngram: int = 0
     stop: Sequence[str] = ()
     seed: int | None = None
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -59,6 +70,9 @@ class SamplingParams:
         self._require("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "0.01 to 100, where 1 is none")
         self._require("no_repeat_ngram", 0 <= self.no_repeat_ngram <= LONGEST_NGRAM, f"0 (off) to {LONGEST_NGRAM}")
         self._require("stop", all(self.stop), "strings that are not empty, or leave it out")
+        possible = self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS
+        self._require("logprobs", possible, f"0 to {MOST_LOGPROBS}, or None")
+        self._require("logit_bias", not any(map(math.isnan, self.logit_bias.values())), "numbers, -inf to forbid an id")
 
     def _require(self, setting: str, possible: bool, fix: str) -> None:
         if not possible:
@@ -113,9 +127,18 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probabilities < p * probabilities.amax(dim=-1, keepdim=True), -math.inf)
 
 
+def bias(logits: Tensor, changes: Mapping[int, float]) -> Tensor:
+    """Add a number to the logits of each of some ids in every row."""
+    changed = logits.clone()
+    changed[:, list(changes)] += torch.tensor(list(changes.values()), device=logits.device)
+    return changed
+
+
 def filter_logits(logits: Tensor, rows: Sequence[Sequence[int]], params: SamplingParams) -> Tensor:
-    """All filters that ``params`` asks for, in the order of transformers: repetition penalty, n-grams, temperature,
+    """All filters that ``params`` asks for, in the order of transformers: bias, repetition penalty, n-grams, temperature,
     top-k, top-p, min-p. ``rows`` are the ids of each row so far, prompt included."""
+    if params.logit_bias:
+        logits = bias(logits, params.logit_bias)
     if params.repetition_penalty != 1.0:
         logits = penalize_repetition(logits, rows, params.repetition_penalty)
     if params.no_repeat_ngram:
@@ -159,12 +182,44 @@ def _completions(row: Sequence[int], n: int) -> list[int]:
     return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == last]
 
 
-def _check_numbers(logits: Tensor) -> None:
-    """UserError for a row with NaN or +infinity, which the filters carry to its maximum, or with no token left."""
-    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
-        raise UserError(
-            "the logits are not finite (NaN or infinity), the model's weights are broken; use another checkpoint"
-        )
+# ── the next token ──
+
+
+def choose(logits: Tensor, rows: Sequence[Row], forbidden: Tensor) -> list[Choice]:
+    """The next token of each row, from logits [B, V] in float32, which may be overwritten; ``forbidden`` ids, int32, are
+    never chosen. Choice.id is -1 where the numbers are not finite or nothing is left to choose."""
+    if logits.device.type == "cpu" and decode.available():
+        return decode.choose(logits, [_wish(row) for row in rows], forbidden)
+    logits = forbid(logits, forbidden.to(logits.device, torch.long))
+    return [_choose_plainly(logits[place : place + 1], row) for place, row in enumerate(rows)]
+
+
+def _wish(row: Row) -> Wish:
+    params = row.params
+    edits = list(params.logit_bias.items())
+    if params.no_repeat_ngram:
+        edits += [(id, -math.inf) for id in _completions(row.ids, params.no_repeat_ngram)]
+    return Wish(
+        params.temperature, params.top_k or 0, 1.0 if params.top_p is None else params.top_p, params.min_p or 0.0,
+        params.repetition_penalty, 0.0 if params.temperature == 0.0 else row.uniform(),
+        row.ids if params.repetition_penalty != 1.0 else (), edits, -1 if params.logprobs is None else params.logprobs,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def _choose_plainly(logits: Tensor, row: Row) -> Choice:
+    """The same by the filters of this file: on other devices, and where there is no compiler."""
+    filtered = filter_logits(logits, [row.ids], row.params)
+    if not bool(torch.isfinite(logits.amax()) & torch.isfinite(filtered.amax())):
+        return Choice(-1)
+    greedy = row.params.temperature == 0.0
+    uniform = torch.tensor([0.0 if greedy else row.uniform()], device=logits.device)
+    id = int(filtered.argmax() if greedy else sample(filtered, uniform))
+    if row.params.logprobs is None:
+        return Choice(id)
+    logs = logits[0].log_softmax(dim=-1)
+    best = logs.topk(row.params.logprobs)
+    return Choice(id, float(logs[id]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
 
 # ── text ──
@@ -202,13 +257,15 @@ class StopSearch:
 
 
 class Row:
-    """One text in the making: its ids, its randomness, and the part of its text that is certain."""
+    """One text in the making: its ids, its randomness, and the part of its text that is certain.
 
-    def __init__(self, ids: list[int], params: SamplingParams, tokenizer: Tokenizer, index: int) -> None:
-        self.ids, self.prompt_length = ids, len(ids)
-        self.cached = 0  # positions of the cache that this row fills
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self._max_tokens, self._eos = params.max_tokens, tokenizer.eos_id
+    ``finish_reason`` "error" comes with a sentence in ``error``."""
+
+    def __init__(self, ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer, index: int = 0) -> None:
+        self.ids, self.params, self.prompt_length, self.index = list(ids), params, len(ids), index
+        self.finish_reason: Literal["stop", "length", "error"] | None = None
+        self.error = ""
+        self._eos = tokenizer.eos_id
         self._random = random.Random(None if params.seed is None else f"{params.seed} {index}")
         self._decoder, self._stops = StreamDecoder(tokenizer), StopSearch(params.stop)
 
@@ -222,13 +279,16 @@ class Row:
 
     def push(self, id: int) -> str:
         """Take the next token; returns the text that it makes certain and sets ``finish_reason`` at the end."""
+        if id < 0:
+            self.finish_reason, self.error = "error", NOT_FINITE
+            return ""
         if id == self._eos:
             return self._end("stop")
         self.ids.append(id)
         text = self._stops.push(self._decoder.push(id))
         if self._stops.found:
             self.finish_reason = "stop"
-        elif len(self.ids) - self.prompt_length >= self._max_tokens:
+        elif len(self.ids) - self.prompt_length >= self.params.max_tokens:
             text += self._end("length")
         return text
 
@@ -259,64 +319,124 @@ class Completion:
     ids: tuple[int, ...] = ()
 
 
+# ── batch ──
+
+
+@dataclass(frozen=True, eq=False)
+class Token:
+    """What a step decided for a row: an id, and the characters that it made certain (often none or several).
+
+    ``logprob`` and ``alternatives``, (id, logprob) from the most likely on, where SamplingParams.logprobs asks for them."""
+
+    row: Row
+    id: int
+    text: str
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class _Seat:
+    """A row in its slot: ``first`` is the place among its ids of the cache's position 0, ``cached`` how many are read."""
+
+    def __init__(self, row: Row, slot: int) -> None:
+        self.row, self.slot, self.first, self.cached = row, slot, 0, 0
+
+    def part(self, context: int, most: int) -> Part:
+        """What to read next, at most so many tokens. When a text outgrows the context, it goes on from its last half."""
+        ids = self.row.ids
+        if len(ids) - self.first > context:
+            self.first, self.cached = len(ids) - max(1, context // 2), 0
+        start = self.first + self.cached
+        end = min(len(ids), start + most)
+        return Part(self.slot, self.cached, ids[start:end], int(end == len(ids)))
+
+
+class Batch:
+    """Rows that are decoded together, a token a step each. They come and go at any time (continuous batching, Yu et al.,
+    Orca, OSDI 2022); prompts are read beside them, ``CHUNK`` tokens a step.
+
+    A text may be longer than the context: when the cache is full, the last half of the context is read again and the
+    text rolls on; what is older is forgotten. A prompt longer than the context keeps its last half context.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = ROWS, weights: Weights = "auto") -> None:
+        self.decoder = make_decoder(model, slots, weights)
+        self.slots = slots
+        self._free = list(reversed(range(slots)))
+        self._seats: dict[Row, _Seat] = {}
+        unknown = range(tokenizer.vocab_size, model.config.vocab_size)
+        self._forbidden = torch.tensor([UNK, tokenizer.bos_id, *unknown], dtype=torch.int32)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows inside, in the order in which they came."""
+        return list(self._seats)
+
+    @property
+    def free(self) -> int:
+        """How many rows can be added."""
+        return len(self._free)
+
+    def add(self, row: Row) -> None:
+        """Give a row a slot; the next steps read its prompt."""
+        assert row.ids and row.finish_reason is None, "a row has at least the begin token, and is not finished"
+        self._seats[row] = _Seat(row, self._free.pop())
+
+    def remove(self, row: Row) -> None:
+        """Let a row go, finished or not."""
+        self._free.append(self._seats.pop(row).slot)
+
+    def step(self) -> list[Token]:
+        """One pass through the model: the tokens of the rows that got one. Finished rows have left."""
+        seats, parts = self._plan()
+        if not parts:
+            return []
+        logits = self.decoder.forward(parts)
+        ready = []
+        for seat, part in zip(seats, parts, strict=True):
+            seat.cached += len(part.ids)
+            if part.wanted:
+                ready.append(seat.row)
+        return [
+            self._give(row, choice) for row, choice in zip(ready, choose(logits, ready, self._forbidden), strict=True)
+        ]
+
+    def _plan(self) -> tuple[list[_Seat], list[Part]]:
+        """The seats of this step and what each reads: all that decode, and prompts until ``CHUNK`` is used up."""
+        left, seats, parts = CHUNK, [], []
+        for seat in self._seats.values():
+            part = seat.part(self.decoder.context, max(1, left))
+            if len(part.ids) > 1 or not part.wanted:
+                if left <= 0:
+                    continue
+                left -= len(part.ids)
+            seats.append(seat)
+            parts.append(part)
+        return seats, parts
+
+    def _give(self, row: Row, choice: Choice) -> Token:
+        text = row.push(choice.id)
+        if row.finish_reason is not None:
+            self.remove(row)
+        return Token(row, choice.id, text, choice.logprob, choice.alternatives)
+
+
 # ── generator ──
 
 
 class Generator:
-    """Continues prompts with a model and its tokenizer, on the model's device and in the precision of its weights.
+    """Continues prompts with a model and its tokenizer, on the model's device. The weights are those of the moment in
+    which it is made: training goes on without it noticing."""
 
-    A text may be longer than the context: when the cache is full, the last half of the context is read again and
-    the text rolls on; what is older is forgotten. A prompt longer than the context keeps its last half context.
-    Dropout is off while a text is made.
-    """
-
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.context = model.config.context
-        self.device, self.dtype = model.embedding.weight.device, model.embedding.weight.dtype
-        unknown = range(tokenizer.vocab_size, model.config.vocab_size)
-        self._forbidden = torch.tensor([UNK, tokenizer.bos_id, *unknown], device=self.device)
-
-    # the units
-
-    @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[KVCache, Tensor]:
-        """Read prompts of any lengths from 1 to the context; returns their cache, with room for ``capacity``
-        positions, and the logits [B, V] of the next token of each."""
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        # Right padding: a causal model does not see it, and the cache forgets it in set_lengths.
-        ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
-        cache = KVCache(self.model.config, len(prompts), capacity=capacity, device=self.device, dtype=self.dtype)
-        hidden = self.model.hidden(ids, cache)
-        cache.set_lengths(lengths)
-        last = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
-        return cache, self.model.head(last)
-
-    @torch.inference_mode()
-    def decode_one_token(self, ids: Sequence[int], cache: KVCache) -> Tensor:
-        """Add one token to each row of the cache; returns the logits [B, V] of the next."""
-        logits: Tensor = self.model(torch.tensor(ids, device=self.device)[:, None], cache)
-        return logits[:, -1]
-
-    @torch.inference_mode()
-    def choose(self, logits: Tensor, rows: Sequence[Row], params: SamplingParams) -> list[int]:
-        """The next id of each row, from logits [B, V]; UserError when they are not numbers."""
-        logits = forbid(logits.float(), self._forbidden)
-        logits = filter_logits(logits, [row.ids for row in rows], params)
-        _check_numbers(logits)
-        if params.temperature == 0.0:
-            return logits.argmax(dim=-1).tolist()
-        uniforms = torch.tensor([row.uniform() for row in rows], device=self.device)
-        return sample(logits, uniforms).tolist()
-
-    # the faces
+    def __init__(self, model: GPT, tokenizer: Tokenizer, weights: Weights = "auto") -> None:
+        self.model, self.tokenizer, self.weights = model, tokenizer, weights
+        self._batch: Batch | None = None
 
     def stream(self, prompt: str, params: SamplingParams = SamplingParams()) -> Iterator[Chunk]:
         """The continuation in pieces of whole characters; joined they are the text of ``complete``. A piece that may
         be the beginning of a stop string is held back until that is decided."""
-        for row, text in self._run([self._row(prompt, params, 0)], params):
-            yield Chunk(text, len(row.ids) - row.prompt_length, row.finish_reason)
+        for token in self._run([self._row(prompt, params, 0)]):
+            yield Chunk(token.text, len(token.row.ids) - token.row.prompt_length, _reason(token.row))
 
     def complete(self, prompt: str, params: SamplingParams = SamplingParams()) -> Completion:
         return self.batch([prompt], params)[0]
@@ -324,92 +444,48 @@ class Generator:
     def batch(
         self, prompts: Sequence[str], params: SamplingParams = SamplingParams(), indices: Sequence[int] | None = None
     ) -> list[Completion]:
-        """A continuation for each prompt, ``ROWS`` at a time. ``indices`` number the rows for the seed (default 0, 1,
-        2 ...): the text of a row is the same alone with its index and among others."""
-        indices = range(len(prompts)) if indices is None else indices
-        completions: list[Completion] = []
-        for start in range(0, len(prompts), ROWS):
-            part = slice(start, start + ROWS)
-            completions += self._batch(prompts[part], params, indices[part])
-        return completions
-
-    def _batch(self, prompts: Sequence[str], params: SamplingParams, indices: Sequence[int]) -> list[Completion]:
+        """A continuation for each prompt, up to ``ROWS`` at a time. ``indices`` number the rows for the seed (default 0,
+        1, 2 ...): the text of a row is the same alone with its index and among others."""
         began = time.perf_counter()
+        indices = range(len(prompts)) if indices is None else indices
         rows = [self._row(prompt, params, index) for prompt, index in zip(prompts, indices, strict=True)]
-        texts = {row: "" for row in rows}
-        seconds = {}
-        for row, text in self._run(rows, params):
-            texts[row] += text
-            seconds[row] = time.perf_counter() - began
+        texts, seconds = dict.fromkeys(rows, ""), {}
+        for token in self._run(rows):
+            texts[token.row] += token.text
+            seconds[token.row] = time.perf_counter() - began
         return [
             Completion(
-                prompt, texts[row], len(ids := row.generated), row.finish_reason or "length", seconds[row], tuple(ids)
+                prompt, texts[row], len(ids := row.generated), _reason(row) or "length", seconds[row], tuple(ids)
             )
             for prompt, row in zip(prompts, rows, strict=True)
         ]
 
-    # the loop
-
     def _row(self, prompt: str, params: SamplingParams, index: int) -> Row:
         return Row([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], params, self.tokenizer, index)
 
-    def _run(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[tuple[Row, str]]:
-        """Generate until every row has ended; yields each row with the text that its newest token made certain."""
-        training = self.model.training
-        self.model.eval()
+    def _run(self, rows: Iterable[Row]) -> Iterator[Token]:
+        """The tokens of all rows until each has ended; UserError when the model's numbers are broken."""
+        waiting = deque(rows)
+        batch = self._seats_for(len(waiting))
         try:
-            yield from self._decode(list(rows), params)
+            while waiting or batch.rows:
+                while waiting and batch.free:
+                    batch.add(waiting.popleft())
+                for token in batch.step():
+                    if token.row.finish_reason == "error":
+                        raise UserError(token.row.error)
+                    yield token
         finally:
-            self.model.train(training)
+            for row in batch.rows:
+                batch.remove(row)
 
-    def _decode(self, rows: list[Row], params: SamplingParams) -> Iterator[tuple[Row, str]]:
-        windows = [self._window(row.ids) for row in rows]
-        cache, logits = self.prefill(windows, max(map(len, windows)) + params.max_tokens)
-        for row, window in zip(rows, windows, strict=True):
-            row.cached = len(window)
-        while True:
-            for row, id in zip(rows, self.choose(logits, rows, params), strict=True):
-                yield row, row.push(id)
-            self._drop_ended(rows, cache)
-            if not rows:
-                return
-            self._roll(rows, cache)
-            logits = self.decode_one_token([row.ids[-1] for row in rows], cache)
-            for row in rows:
-                row.cached += 1
+    def _seats_for(self, rows: int) -> Batch:
+        """A batch with room for so many rows, or for ``ROWS``; an empty one that is there is taken again."""
+        wanted = min(max(1, rows), ROWS)
+        if self._batch is None or self._batch.slots < wanted or self._batch.rows:
+            self._batch = Batch(self.model, self.tokenizer, wanted, self.weights)
+        return self._batch
 
-    def _window(self, ids: list[int]) -> list[int]:
-        """What the model sees of a long text: all of it while it fits, then the last half of the context."""
-        return ids if len(ids) <= self.context else ids[-(self.context // 2) :]
 
-    @torch.inference_mode()
-    def _drop_ended(self, rows: list[Row], cache: KVCache) -> None:
-        """Remove ended rows from the list and the cache. The last row takes the place of each, so that one row is
-        copied and not the whole cache."""
-        before = len(rows)
-        for place in reversed(range(before)):
-            if rows[place].finish_reason is not None:
-                last = rows.pop()
-                if place < len(rows):
-                    rows[place] = last
-                    cache.keys[:, place], cache.values[:, place] = cache.keys[:, len(rows)], cache.values[:, len(rows)]
-        if rows and len(rows) < before:
-            cache.keys, cache.values = cache.keys[:, : len(rows)], cache.values[:, : len(rows)]
-            cache.lengths = cache.lengths[: len(rows)]
-            cache.set_lengths([row.cached for row in rows])
-
-    @torch.inference_mode()
-    def _roll(self, rows: list[Row], cache: KVCache) -> None:
-        """Make room in full rows: read the last half of the context again, all but its newest token, which the next
-        ``decode_one_token`` adds."""
-        full = [place for place, row in enumerate(rows) if row.cached == self.context]
-        for place in full:
-            row = rows[place]
-            window = row.ids[-(self.context // 2) : -1]
-            if window:
-                fresh, _ = self.prefill([window], len(window))
-                cache.keys[:, place, :, : len(window)] = fresh.keys[:, 0]
-                cache.values[:, place, :, : len(window)] = fresh.values[:, 0]
-            row.cached = len(window)
-        if full:
-            cache.set_lengths([row.cached for row in rows])
+def _reason(row: Row) -> Literal["stop", "length"] | None:
+    return None if row.finish_reason == "error" else row.finish_reason

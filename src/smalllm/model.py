@@ -9,7 +9,8 @@ B batch, T positions, C width, H heads, G key/value heads, D head width, V vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -60,9 +61,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the positions seen so far, for every layer and row: two tensors [layers, B, G, capacity, D].
 
-    Rows may be filled to different lengths: prefill right-padded prompts, then set ``lengths`` to the true ones;
-    what lies beyond a row's length is masked and overwritten. ``extent`` is the greatest length, a plain number, so
-    that reading it never waits for a device.
+    Rows may be filled to different lengths, and ``at`` continues some of them from any length: what lies beyond a row's
+    length is masked and overwritten, so that right-padded prompts need no care. ``extent`` is the greatest length, a
+    plain number, so that reading it never waits for a device.
     """
 
     def __init__(
@@ -78,29 +79,35 @@ class KVCache:
         shape = (config.layers, batch, config.key_value_heads, self.capacity, config.head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows, self._whole = torch.arange(batch, device=device), True
         self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
         self.extent = 0
+
+    def at(self, rows: Sequence[int], lengths: Sequence[int]) -> KVCache:
+        """The same memory as a batch of some of its rows, which hold so many positions."""
+        chosen = copy(self)
+        chosen.rows = torch.tensor(rows, device=self.rows.device)
+        chosen._whole = list(rows) == list(range(self.keys.shape[1]))
+        chosen.lengths = torch.tensor(lengths, device=self.rows.device)
+        chosen.extent = max(lengths)
+        return chosen
 
     def positions(self, new: int) -> Tensor:
         """Positions [B, T] that the next ``new`` tokens of each row take."""
         return self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
 
     def advance(self, new: int) -> None:
-        self.lengths += new
+        self.lengths = self.lengths + new
         self.extent += new
-
-    def set_lengths(self, lengths: list[int]) -> None:
-        """Declare how many positions of each row are real (after prefilling right-padded prompts)."""
-        self.lengths.copy_(torch.tensor(lengths))
-        self.extent = max(lengths)
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [B, G, T, D] at positions [B, T]; returns all of them up to the extent."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        rows, end = self.rows[:, None], self.extent + positions.shape[1]
         self.keys[layer][rows, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
         self.values[layer][rows, :, positions] = values.transpose(1, 2).to(self.values.dtype)
-        end = self.extent + positions.shape[1]
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        if self._whole:  # a view, no copy
+            return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return self.keys[layer][self.rows, :, :end], self.values[layer][self.rows, :, :end]
 
 
 # ── attention ──

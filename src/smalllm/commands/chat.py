@@ -59,6 +59,7 @@ class ChatSession:
         self.params, self.done = params, False
         self.texts: list[str] = []  # the last one is continued by an empty line
         self.run, self._seen = run, run.step
+        self._generator = Generator(run.model, run.tokenizer)
         self._open_newest, self._follow = open_newest, follow
 
     def handle(self, line: str) -> Iterator[str]:
@@ -81,7 +82,7 @@ class ChatSession:
         """The continuation of the last text, which grows as it is shown, so that an interrupted answer stays."""
         before, reason = self.texts[-1], None
         try:
-            for chunk in Generator(self.run.model, self.run.tokenizer).stream(before, self.params):
+            for chunk in self._generator.stream(before, self.params):
                 self.texts[-1] += chunk.text
                 reason = chunk.finish_reason
                 yield chunk.text
@@ -110,6 +111,7 @@ class ChatSession:
             return
         yield f"(step {newest} is damaged; now step {run.step})\n" if run.step < newest else f"(now step {run.step})\n"
         self.run, self._seen = run, max(newest, run.step)
+        self._generator = Generator(run.model, run.tokenizer)
 
     # commands
 

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 # What of -ffast-math keeps infinities, NaN and the order of operations.
@@ -27,6 +26,7 @@ FLAGS = (
     "-fno-signed-zeros", "-fno-strict-aliasing",
 )  # fmt: skip
 SECONDS = 180
+FOLDER = Path(__file__).parent
 NO_COMPILER = "there is no C++ compiler here (g++); install one to train several times faster"
 
 
@@ -53,7 +53,7 @@ def _load(name: str) -> ctypes.CDLL:
     path = compiler()
     if path is None:
         raise Unavailable(NO_COMPILER)
-    source = (resources.files("smalllm.native") / f"{name}.cpp").read_bytes()
+    source = FOLDER / f"{name}.cpp"
     try:
         library = cache_folder() / f"{name}-{_fingerprint(source, path)}.so"
         if not library.exists():
@@ -84,19 +84,20 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "smalllm"
 
 
-def _build(source: bytes, compiler: str, library: Path) -> None:
+def _build(source: Path, compiler: str, library: Path) -> None:
     library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        command = [compiler, *FLAGS, "-x", "c++", "-", "-o", str(built)]
-        subprocess.run(command, input=source, capture_output=True, check=True, timeout=SECONDS)
+        command = [compiler, *FLAGS, str(source), "-o", str(built)]
+        subprocess.run(command, capture_output=True, check=True, timeout=SECONDS)
         os.replace(built, library)
 
 
-def _fingerprint(source: bytes, compiler: str) -> str:
+def _fingerprint(source: Path, compiler: str) -> str:
     """-march=native makes a library that other CPUs may not run: a home folder may be shared between machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS).stdout
-    parts = (source, version, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu())
+    texts = [source.read_bytes(), *(header.read_bytes() for header in sorted(FOLDER.glob("*.h")))]
+    parts = (*texts, version, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -5,77 +5,14 @@
 // cache, and never visits keys after a tile's queries (Dao et al., FlashAttention, arXiv 2205.14135, without its online
 // softmax: a tile's scores fit).
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
 #include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+
+#include "vectors.h"
 
 namespace {
 
 using std::int32_t;
 using std::int64_t;
-
-// ── numbers ──
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-
-inline float load(bfloat16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline void store(float& to, float x) { to = x; }
-
-// To nearest, ties to even. NaN as processors make it stays NaN.
-inline void store(bfloat16& to, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to.bits = uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-// 2^x with a relative error under 3e-7, in a form that vectorizes; exactly 0 below -126.5; infinity is 2^127.
-inline float power_of_two(float x) {
-    float in_range = std::min(std::max(x, -127.0f), 127.0f);
-    float whole = __builtin_rintf(in_range), rest = in_range - whole;
-    float sum = 1.535336188e-4f;
-    sum = sum * rest + 1.339887440e-3f;
-    sum = sum * rest + 9.618437357e-3f;
-    sum = sum * rest + 5.550332548e-2f;
-    sum = sum * rest + 2.402264791e-1f;
-    sum = sum * rest + 6.931472028e-1f;
-    sum = sum * rest + 1.0f;
-    int32_t power = (int32_t(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &power, 4);
-    return sum * scale;
-}
-
-constexpr float LOG2_E = 1.442695041f;
-
-inline float exponential(float x) { return power_of_two(x * LOG2_E); }
-
-inline void convert(const float* in, float* out, int64_t count) { std::memcpy(out, in, count * sizeof(float)); }
-
-inline void convert(const float* in, bfloat16* out, int64_t count) {
-    int64_t i = 0;
-#ifdef __AVX512BF16__
-    for (; i + 16 <= count; i += 16)
-        _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(in + i)));
-#endif
-    for (; i < count; i++) store(out[i], in[i]);
-}
 
 // ── residual sum and norm ──
 
@@ -163,8 +100,7 @@ void swiglu_forward(const T* up, T* out, int64_t rows, int64_t width, int thread
         T* y = out + row * width;
 #pragma omp simd
         for (int64_t c = 0; c < width; c++) {
-            float g = load(gate[c]);
-            store(y[c], g / (1.0f + exponential(-g)) * load(value[c]));
+            store(y[c], silu(load(gate[c])) * load(value[c]));
         }
     }
 }
@@ -184,15 +120,11 @@ void swiglu_backward(const T* slope, const T* up, T* up_slope, int64_t rows, int
     }
 }
 
-// The tanh form: 0.5 x (1 + tanh(z)) = x / (1 + exp(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x^3).
-constexpr float GELU_A = 0.7978845608f, GELU_B = 0.044715f;
-
 template <class T>
 void gelu_forward(const T* x, T* y, int64_t count, int threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads)
     for (int64_t i = 0; i < count; i++) {
-        float v = load(x[i]);
-        store(y[i], v / (1.0f + exponential(-2.0f * GELU_A * (v + GELU_B * v * v * v))));
+        store(y[i], gelu(load(x[i])));
     }
 }
 
@@ -246,49 +178,14 @@ void cross_entropy(T* logits, const int64_t* targets, float* losses, int64_t row
 
 // ── small matrix products in a core's cache ──
 
-// A unit is 32 bits: a float, or a pair of bfloat16 that one instruction multiplies and adds. Matrices are read in units
-// along the summed dimension, so float and bfloat16 share all code but `multiply_add`.
-using unit = int32_t;
-
 template <class T>
 constexpr int PER_UNIT = 4 / sizeof(T);
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
 constexpr int ROWS = 4;       // of a register tile
 constexpr int PANELS = 4;     // vectors of a register tile
 constexpr int ALIGN = 16;     // positions are padded to multiples of this
 constexpr int TILE = 32;      // queries (forward) or keys (backward) at a time
 constexpr float UNSEEN = -1e30f;
-
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t units __attribute__((vector_size(4 * LANES), aligned(4)));
-
-template <class T>
-inline vector multiply_add(vector sum, unit a, units b);
-
-template <>
-inline vector multiply_add<float>(vector sum, unit a, units b) {
-    float value;
-    std::memcpy(&value, &a, 4);
-    return sum + value * (vector)b;
-}
-
-template <>
-inline vector multiply_add<bfloat16>(vector sum, unit a, units b) {
-#ifdef __AVX512BF16__
-    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-#else
-    float low, high;
-    unit low_bits = unit(uint32_t(a) << 16), high_bits = a & unit(0xFFFF0000);
-    std::memcpy(&low, &low_bits, 4);
-    std::memcpy(&high, &high_bits, 4);
-    return sum + low * (vector)(b << 16) + high * (vector)(b & unit(0xFFFF0000));
-#endif
-}
 
 // out [ROWS, W vectors] (+)= a b: a unit at a[row * a_row + step * a_step], a row of b at b[step * b_step].
 template <class T, int W>
