@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from smalllm import hardware
 from smalllm.checkpoint import RunFolder, open_run
 from smalllm.config import RunConfig, UserError
 from smalllm.metrics import read_records
@@ -643,6 +644,19 @@ def test_config_in_the_run_folder_runs_it_again(tiny, tmp_path: Path):
     train(tiny(), tmp_path / "first")
     train(load_recipe(tmp_path / "first/config.toml"), tmp_path / "again")
     assert digest(tmp_path / "first") == digest(tmp_path / "again")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_recomputation_that_nobody_asked_for_is_said(asked: bool, tiny, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hardware, "total_memory", lambda device: 1)
+    display = Recorder()
+    trainer = Trainer(tiny(train={"micro_batch": 0, "recompute": asked}), RunFolder(tmp_path), display=display)
+    trainer.begin()
+    assert trainer.model.recompute and trainer.micro_batch == 1
+    said = "to fit into memory: train.recompute=true with train.micro_batch=1 (the same mathematics, slower)"
+    assert (said in display.notes) == (not asked)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert (environment["recompute"], environment["micro_batch"]) == (True, 1)
 
 
 def test_environment_tells_the_machine(tiny, tmp_path: Path):

@@ -292,6 +292,11 @@ class Trainer:
             self.rewind_logs()  # of a run that was killed before its first checkpoint
             self.tokenizer.save(self.folder.tokenizer_file)
         self.accelerate(checkpoint)
+        if self.model.recompute and not self.config.train.recompute:
+            self.display.note(
+                f"to fit into memory: train.recompute=true with train.micro_batch={self.micro_batch}"
+                " (the same mathematics, slower)"
+            )
         if checkpoint is None and self.config.train.preflight:
             self.preflight()
         self.folder.write_text(self.folder.config_file, self.config.to_toml())
@@ -603,8 +608,8 @@ class Trainer:
         """What this session ran on; nothing of the user's environment variables."""
         return {
             **hardware.describe(self.runtime.device), "precision": self.runtime.precision, "execution": self.execution,
-            "optimizer": self.optimizer.flavour, "micro_batch": self.micro_batch, "command": self.command,
-            "data_fingerprint": self.dataset.fingerprint, "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "optimizer": self.optimizer.flavour, "micro_batch": self.micro_batch, "recompute": self.model.recompute,
+            "command": self.command, "data_fingerprint": self.dataset.fingerprint, "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "parameters": self.model.parameters_count(),
         }  # fmt: skip
 
