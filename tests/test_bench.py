@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import threading
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,19 @@ class PeakOfPaper:
     def cache_clear(self) -> None: ...
 
 
+def batch_threads() -> set[threading.Thread]:
+    """Those that make batches ahead."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("batches")}
+
+
 def tiny_bench(folder: Path, *overrides: str) -> TrainingBench:
     return TrainingBench(load_recipe("quickstart", [*TINY, *overrides]), folder)
 
 
 def test_json_holds_the_figures_of_the_contract(nowhere: Path, capsys: pytest.CaptureFixture):
+    before = batch_threads()
     assert run(["bench", "train", "smolergpt-12m", *TINY, "--seconds", "0.1", "--json"]) == 0
+    assert batch_threads() == before
     captured = capsys.readouterr()
     figures = json.loads(captured.out)
     assert list(figures) == [

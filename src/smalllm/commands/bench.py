@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -71,8 +72,11 @@ def bench(
     if not 0.0 < seconds < math.inf:
         raise UserError(f"--seconds {seconds:g} must be a number of seconds above 0; try --seconds 20")
     config = settings(words, None, None)
-    with tempfile.TemporaryDirectory(prefix="smalllm-bench-") as folder:
-        measured = TrainingBench(config, Path(folder), Lines(Console(stderr=True), config), started)
+    display = Lines(Console(stderr=True), config)
+    with (
+        tempfile.TemporaryDirectory(prefix="smalllm-bench-") as folder,
+        closing(TrainingBench(config, Path(folder), display, started)) as measured,
+    ):
         speed = measured.speed(seconds)
     if json_output:
         print(json.dumps(dataclasses.asdict(speed)))
@@ -87,7 +91,7 @@ class TrainingBench:
     The step is ``Trainer.step`` with the recipe's shapes, micro-batch, precision and compilation. Only the number of
     micro-batches in it is smaller where a whole step would not fit into the time: ``micro_batches`` of the recipe's
     ``recipe_micro_batches``. ``folder`` takes the data and the files of the run; who makes it removes it. ``started`` is
-    the reading of ``time.monotonic`` from which the time to the first step counts.
+    the reading of ``time.monotonic`` from which the time to the first step counts. ``close`` it when done.
     """
 
     def __init__(
@@ -157,7 +161,11 @@ class TrainingBench:
             trainer.dataset.train, config.model.context, batch_tokens, config.seed, config.data.packing
         )
         trainer.prefetch.close()
-        trainer.prefetch = Prefetch(trainer.batches)
+        trainer.prefetch = Prefetch(trainer.batches, pin=trainer.runtime.device.type == "cuda")
+
+    def close(self) -> None:
+        """End the thread that makes batches."""
+        self.trainer.prefetch.close()
 
     def step(self) -> tuple[float, int]:
         """One optimizer step: its seconds and tokens."""
@@ -203,10 +211,10 @@ def random_data(folder: Path, vocab_size: int, context: int) -> Path:
     tokenizer = Tokenizer.train(["random tokens have no text\n"] * 9, vocab_size=280)
     tokenizer.save(folder / TOKENIZER)
     rows, random = max(1, min(MOST_ROWS, DATA_TOKENS // context)), np.random.default_rng(0)
+    documents = random.integers(tokenizer.eos_id + 1, vocab_size, (rows, context + 1))
+    documents[:, 0], documents[:, -1] = tokenizer.bos_id, tokenizer.eos_id
     writer = ShardWriter(folder, "train", vocab_size)
-    for _ in range(rows):
-        text = random.integers(tokenizer.eos_id + 1, vocab_size, context - 1)
-        writer.add(np.concatenate(([tokenizer.bos_id], text, [tokenizer.eos_id])), np.array([context + 1]))
+    writer.add(documents.ravel(), np.full(rows, context + 1))
     shards = writer.close()
     Manifest(
         sources=["random"], inputs=[], settings={}, seed=0, vocab_size=vocab_size, dtype=token_dtype(vocab_size),
