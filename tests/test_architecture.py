@@ -16,12 +16,13 @@ SOURCE = ROOT / "src" / "smalllm"
 
 # A module imports only what stands before it. docs/architecture.md shows the same list.
 ORDER = [
-    "terminal", "config", "hardware", "native.build", "native.words", "model", "native.kernels", "tokenizer", "metrics", "runtime", "checkpoint",
+    "terminal", "config", "hardware", "native.build", "native.words", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
     "data.shards", "data.storyworld", "data.sources", "data.prepare", "data.batches",
-    "generation", "evaluation", "preflight",
+    "decoder", "generation", "evaluation", "preflight",
     "training.schedule", "training.optimizer", "training.objectives", "training.trainer",
     "plots", "api",
-    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.evaluate", "commands.plot", "commands.bench", "commands.doctor",
+    "serve.protocol", "serve.meters", "serve.models", "serve.engine", "serve.report", "serve.guard", "serve.server",
+    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.plot", "commands.bench", "commands.doctor",
     "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {

@@ -4,7 +4,8 @@
     ├── config.toml        resolved settings; re-runs the run      ├── environment.json  versions, device, command, data fingerprint
     ├── tokenizer.model                                            ├── metrics.jsonl     one object per logged step
     ├── samples.jsonl      a sample story per evaluation           ├── best, latest      hints: one line, the name of a checkpoint
-    └── checkpoints/step-00001000/{model.safetensors, model.json, optimizer.safetensors, state.json, manifest.json}
+    ├── checkpoints/step-00001000/{model.safetensors, model.json, optimizer.safetensors, state.json, manifest.json}
+    └── milestones/step-00000100/ the same without an optimizer, weights in bfloat16: to look back at, never pruned
 
 A checkpoint appears by one rename after all its bytes are on disk, so that a reader or a crash never meets half of
 one; the truth is the newest checkpoint whose manifest verifies. Files are safetensors, JSON and TOML: loading never
@@ -19,8 +20,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,7 @@ class RunFolder:
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     samples_file = property(lambda self: self.path / "samples.jsonl")
     checkpoints_folder = property(lambda self: self.path / "checkpoints")
+    milestones_folder = property(lambda self: self.path / "milestones")
 
     # ── reading ──
 
@@ -211,12 +214,15 @@ class RunFolder:
 
     def checkpoints(self) -> list[Checkpoint]:
         """Checkpoints by step, oldest first; not verified."""
-        try:
-            names = os.listdir(self.checkpoints_folder)
-        except OSError:
-            return []
-        steps = sorted(name for name in names if name.startswith("step-") and name[5:].isdigit())
-        return [Checkpoint(self.checkpoints_folder / name) for name in sorted(steps, key=lambda name: int(name[5:]))]
+        return _in_folder(self.checkpoints_folder)
+
+    def milestones(self) -> list[Checkpoint]:
+        """Early models that are kept to be looked at, oldest first; training cannot go on from them."""
+        return _in_folder(self.milestones_folder)
+
+    def steps(self) -> list[int]:
+        """Every step whose model can be loaded."""
+        return sorted({checkpoint.step for checkpoint in self.checkpoints() + self.milestones()})
 
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint; cheap, for readers that follow a run."""
@@ -226,22 +232,29 @@ class RunFolder:
     def best_step(self) -> int | None:
         return _hinted_step(self.path / "best")
 
-    def choose(self, which: str = "best") -> Checkpoint:
-        """``best``, ``latest`` or a step. A damaged one is skipped for an older one, except when named by step."""
+    def candidates(self, which: str = "best") -> list[Checkpoint]:
+        """``best``, ``latest`` or a step: the checkpoint, and those to take instead if it is damaged (none for a step that
+        is named). UserError when there is none."""
         found = self.checkpoints()
+        if which not in ("best", "latest"):
+            return [_at_step(self.milestones() + found, which, self.path)]
         if not found:
             raise UserError(f"run {self.path} has no checkpoint yet; wait for the first, or train longer")
-        if which not in ("best", "latest"):
-            return _at_step(found, which, self.path)
         best = self.best_step() if which == "best" else None
-        ordered = [c for c in found if c.step == best] + found[::-1]
-        for checkpoint in ordered:
+        return [c for c in found if c.step == best] + [c for c in found[::-1] if c.step != best]
+
+    def choose(self, which: str = "best") -> Checkpoint:
+        """The first of the candidates that is whole, down to its last file."""
+        candidates = self.candidates(which)
+        for checkpoint in candidates if which in ("best", "latest") else ():
             try:
                 checkpoint.verify()
                 return checkpoint
             except DamagedCheckpoint:
                 continue
-        raise DamagedCheckpoint(f"all {len(found)} checkpoints of {self.path} are damaged")
+        if which in ("best", "latest"):
+            raise DamagedCheckpoint(f"all {len(candidates)} checkpoints of {self.path} are damaged")
+        return candidates[0]
 
     def newest_valid(self, warn: Any = None) -> Checkpoint | None:
         """The newest checkpoint that verifies, for resuming. Damaged ones are moved aside to ``.bad-*`` and named
@@ -268,17 +281,26 @@ class RunFolder:
         """Be the only trainer of this run, until ``unlock`` or the end of the process; readers never lock."""
         self.files.mkdir(self.path)
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not (_flock(descriptor) or _flock(descriptor, seconds=0.05)):  # a reader may be asking is_locked just now
             holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "?"
             os.close(descriptor)
             raise UserError(
                 f"run {self.path} is being trained by process {holder}; wait for it, or choose another folder with --out"
-            ) from None
+            )
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
         self._lock = descriptor
+
+    def is_locked(self) -> bool:
+        """Whether a trainer, this process or another, holds the run; leaves no trace."""
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            return not _flock(descriptor)
+        finally:
+            os.close(descriptor)
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -294,9 +316,20 @@ class RunFolder:
     def save(self, snapshot: Snapshot, keep: int) -> Checkpoint:
         """Write a checkpoint atomically, then prune all but the newest ``keep`` and the best. On an error (a full
         disk) what was there before is untouched and the half-written folder is removed."""
-        self.files.mkdir(self.checkpoints_folder)
-        target = self.checkpoints_folder / f"step-{snapshot.step:08d}"
-        temporary = self.checkpoints_folder / f".tmp-{snapshot.step}-{os.getpid()}"
+        checkpoint = self._write_atomically(self.checkpoints_folder, snapshot)
+        self.write_text(self.path / "latest", f"{checkpoint.path.name}\n")
+        self.prune(keep, just_written=checkpoint)
+        return checkpoint
+
+    def save_milestone(self, snapshot: Snapshot) -> None:
+        """Keep a model for good, without its optimizer and at half the size."""
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in snapshot.weights.items()}
+        self._write_atomically(self.milestones_folder, replace(snapshot, weights=weights, optimizer={}))
+
+    def _write_atomically(self, parent: Path, snapshot: Snapshot) -> Checkpoint:
+        self.files.mkdir(parent)
+        target = parent / f"step-{snapshot.step:08d}"
+        temporary = parent / f".tmp-{snapshot.step}-{os.getpid()}"
         try:
             self._write_checkpoint(temporary, snapshot)
             if target.exists():
@@ -305,11 +338,8 @@ class RunFolder:
         except OSError:
             self.files.remove_tree(temporary)
             raise
-        self.files.sync_folder(self.checkpoints_folder)
-        self.write_text(self.path / "latest", f"{target.name}\n")
-        checkpoint = Checkpoint(target)
-        self.prune(keep, just_written=checkpoint)
-        return checkpoint
+        self.files.sync_folder(parent)
+        return Checkpoint(target)
 
     def _write_checkpoint(self, folder: Path, snapshot: Snapshot) -> None:
         self.files.mkdir(folder)
@@ -341,9 +371,10 @@ class RunFolder:
             if checkpoint.step not in staying:
                 trash = _free_name(checkpoint.path.with_name(f".trash-{checkpoint.path.name}"))
                 self.files.rename(checkpoint.path, trash)
-        for leftover in self.checkpoints_folder.glob(".t*-*"):
-            if leftover.name.startswith((".tmp-", ".trash-")):
-                self.files.remove_tree(leftover)
+        for folder in (self.checkpoints_folder, self.milestones_folder):
+            for leftover in folder.glob(".t*-*"):
+                if leftover.name.startswith((".tmp-", ".trash-")):
+                    self.files.remove_tree(leftover)
 
     def set_aside(self) -> Path | None:
         """Move an existing run to NAME.1, NAME.2 ... so that a fresh one loses nothing."""
@@ -375,7 +406,7 @@ def find_run(target: str | Path | None = None, runs: Path = Path("runs")) -> tup
     path = Path(target)
     if "\0" in str(target):
         raise UserError(f"{str(target)!r} is not a path")
-    if path.name.startswith("step-") and path.parent.name == "checkpoints":
+    if path.name.startswith("step-") and path.parent.name in ("checkpoints", "milestones"):
         return RunFolder(path.parent.parent), path.name.removeprefix("step-")
     if not path.is_dir() and (runs / path).is_dir() and not path.is_absolute() and ".." not in path.parts:
         path = runs / path
@@ -395,14 +426,7 @@ def open_run(
 ) -> LoadedRun:
     """Load model and tokenizer of a run for sampling; also while it trains (a pruned checkpoint is retried once)."""
     folder, step = find_run(target)
-    for attempt in range(2):
-        checkpoint = folder.choose(step or which)
-        try:
-            model = checkpoint.load_model(device, dtype)
-            break
-        except DamagedCheckpoint:
-            if attempt:
-                raise
+    checkpoint, model = _load_first(folder, step or which, device, dtype)
     tokenizer = folder.tokenizer()
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
@@ -417,9 +441,40 @@ def open_run(
     return LoadedRun(folder, checkpoint, model, tokenizer)
 
 
+def _load_first(
+    folder: RunFolder, which: str, device: torch.device | str, dtype: torch.dtype
+) -> tuple[Checkpoint, GPT]:
+    """The first candidate whose files are whole, of those that are used. Twice, because a trainer may prune meanwhile."""
+    for last_attempt in (False, True):
+        candidates = folder.candidates(which)
+        for checkpoint in candidates:
+            try:
+                return checkpoint, checkpoint.load_model(device, dtype)
+            except DamagedCheckpoint:
+                if last_attempt and len(candidates) == 1:
+                    raise
+    raise DamagedCheckpoint(f"all {len(candidates)} checkpoints of {folder.path} are damaged")
+
+
+def is_milestone(step: int) -> bool:
+    """100, 300, 1,000, 3,000, 10,000 ..."""
+    digits = str(step)
+    return step >= 100 and digits[0] in "13" and digits[1:].strip("0") == ""
+
+
 def no_space_left(error: OSError) -> bool:
     """Whether an error of the file system means that the disk, or the quota, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _flock(descriptor: int, seconds: float = 0.0) -> bool:
+    """Lock a file after waiting so long; False when another has it."""
+    time.sleep(seconds)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _newest_run(runs: Path) -> Path:
@@ -436,11 +491,20 @@ def _run_names(runs: Path) -> str:
     )
 
 
+def _in_folder(folder: Path) -> list[Checkpoint]:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    steps = [name for name in names if name.startswith("step-") and name[5:].isdigit()]
+    return [Checkpoint(folder / name) for name in sorted(steps, key=lambda name: int(name[5:]))]
+
+
 def _at_step(found: list[Checkpoint], which: str, path: Path) -> Checkpoint:
-    steps = ", ".join(str(checkpoint.step) for checkpoint in found)
+    steps = ", ".join(map(str, sorted({checkpoint.step for checkpoint in found}))) or "none yet"
     if not which.isdigit():
         raise UserError(f"--checkpoint {which} is neither best, latest nor a step; the steps of {path} are {steps}")
-    for checkpoint in found:
+    for checkpoint in reversed(found):
         if checkpoint.step == int(which):
             return checkpoint
     raise UserError(f"run {path} has no checkpoint at step {int(which)}; it has {steps}")

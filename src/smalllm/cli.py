@@ -14,6 +14,7 @@ VERBS = {
     "prepare": "Turn text into training data: tokenizer, token shards, manifest.",
     "sample": "Print text that a trained model writes.",
     "chat": "Tell stories together with a model, also while it trains.",
+    "serve": "Serve a model over HTTP, as OpenAI's clients expect it, with a page.",
     "evaluate": "Measure a model in bits per byte, with an interval.",
     "plot": "Draw loss and learning rate of runs.",
     "bench": "Measure how fast this machine trains.",

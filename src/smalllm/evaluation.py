@@ -289,10 +289,15 @@ def evaluate_run(
 
 def trained_on_storyworld(run: LoadedRun) -> bool:
     """Whether the validation documents of a run's data are stories of the built-in corpus; false when they are gone."""
+    return run_floor(run, limit=20) is not None
+
+
+def run_floor(run: LoadedRun, limit: int) -> float | None:
+    """``storyworld_floor`` of a run's first validation documents; None when they are gone."""
     try:
-        return storyworld_floor(_validation_texts(run, limit=20)) is not None
+        return storyworld_floor(_validation_texts(run, limit))
     except UserError:
-        return False
+        return None
 
 
 def _validation_texts(run: LoadedRun, limit: int | None) -> list[str]:

@@ -70,6 +70,7 @@ class Tokenizer:
             self.vocab_size: int = self._processor.vocab_size()
             _check_special(self._processor)
             self._bytes = _byte_table(self._processor)
+            self._longest = max(map(len, self._bytes))
             self._byte_ids = _byte_ids(self._processor)
             self._check_lossless()
         except (RuntimeError, ValueError, IndexError) as error:
@@ -77,14 +78,16 @@ class Tokenizer:
             raise UserError(f"bad tokenizer {name}: {reason}; train one with `smalllm prepare`") from None
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, control: Sequence[str] = ()) -> Tokenizer:
         """Learn a vocabulary of exactly `vocab_size` pieces; the same texts give the same bytes.
 
-        Raises UserError when the texts need more pieces or cannot fill so many, naming the nearest possible size.
+        `control` names pieces, such as turn markers, that no text can produce and that add nothing to a text; their ids
+        follow those of unknown, begin and end. UserError when the texts need more pieces or cannot fill so many, naming
+        the nearest possible size.
         """
-        if not FIXED_PIECES < vocab_size <= MAX_PIECES:
+        if not (fixed := FIXED_PIECES + len(control)) < vocab_size <= MAX_PIECES:
             raise UserError(
-                f"vocab_size={vocab_size} is not possible: choose from {FIXED_PIECES + 1} to {MAX_PIECES} "
+                f"vocab_size={vocab_size} is not possible: choose from {fixed + 1} to {MAX_PIECES} "
                 "(256 bytes, 3 special pieces and the characters of the text)"
             )
         model = io.BytesIO()
@@ -106,6 +109,7 @@ class Tokenizer:
                 bos_id=BOS,
                 eos_id=EOS,
                 pad_id=-1,
+                control_symbols=list(control),
                 max_sentence_length=8 * LONGEST_SENTENCE,  # bytes; longer sentences would be dropped in silence
                 num_threads=TRAINING_THREADS,
                 minloglevel=2,
@@ -185,6 +189,15 @@ class Tokenizer:
                 f"token id {id} is outside the vocabulary of {self.vocab_size}; use the run's own tokenizer"
             )
         return self._bytes[id]
+
+    def control_id(self, piece: str) -> int | None:
+        """The id of a control piece such as "<|user|>"; None where the vocabulary has no such one."""
+        id = self._processor.piece_to_id(piece)
+        return id if self._processor.is_control(id) else None
+
+    def fewest_ids(self, text: str) -> int:
+        """How many ids a text has at least; known at once, where `encode` takes a second for a megabyte."""
+        return -(-len(text.encode("utf-8", "replace")) // self._longest)
 
     def piece(self, id: int) -> str:
         """SentencePiece's spelling of a token, such as "▁the" or "<0x0A>"."""

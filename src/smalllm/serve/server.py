@@ -1,0 +1,446 @@
+"""The HTTP server: routes, streams, start and end. What may be asked is in ``protocol``, who may ask in ``guard``, and
+the texts are made in ``engine``; everything slow happens off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from smalllm.checkpoint import DamagedCheckpoint
+from smalllm.config import UserError
+from smalllm.conversation import answer_prompt, stop_id, story_so_far
+from smalllm.generation import SamplingParams, Token
+from smalllm.serve import protocol
+from smalllm.serve.engine import DEADLINE_SECONDS, QUEUE, Busy, Closing, End, Engine, Job, reserve
+from smalllm.serve.guard import CLIENT_LEFT, Deadlines, Guard, Hosts, Rules, guarded_protocol, is_loopback, send_refusal
+from smalllm.serve.meters import Meters
+from smalllm.serve.models import AllInUse, Models, NoSuchModel, Served
+from smalllm.serve.protocol import Answer, ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Refusal
+from smalllm.serve.report import RunReport
+
+DRAIN_SECONDS = 8.0
+SWITCH_SECONDS = 0.001  # of Python's threads: the engine must not wait 5 ms for a busy event loop
+FILES_SPARE = 128  # file descriptors that are not connections
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml", ".png": "image/png", ".ico": "image/x-icon", ".json": "application/json",
+    ".woff2": "font/woff2",
+}  # fmt: skip
+log = logging.getLogger("smalllm.serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve. ``allow_hosts`` are names by which a proxy or a network reaches this machine."""
+
+    run: str | Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    slots: int = 16
+    allow_hosts: Sequence[str] = ()
+    device: str = "cpu"
+    queue: int = QUEUE
+    request_seconds: float = DEADLINE_SECONDS
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+    def __post_init__(self) -> None:
+        if not is_loopback(self.host) and not self.api_key:
+            raise UserError(
+                f"host = {self.host} lets other machines in; set an API key with --api-key or SMALLLM_API_KEY, or use 127.0.0.1"
+            )
+        if not 1 <= self.slots <= 1024:
+            raise UserError(f"slots = {self.slots} is not possible; use 1 to 1024")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"port = {self.port} is not possible; use 1 to 65535, or 0 for any that is free")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UserError("api-key has characters that a header cannot carry; use letters, digits and punctuation")
+
+
+# ── requests ──
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request that was understood: what the engine needs, and the answer to be filled."""
+
+    served: Served
+    ids: list[int]
+    params: SamplingParams
+    answer: Answer
+    stream: bool
+    stop_id: int | None
+
+
+class Routes:
+    """The endpoints, over the parts that answer them."""
+
+    def __init__(self, engine: Engine, models: Models, meters: Meters, page: dict[str, Response]) -> None:
+        self._engine, self._models, self._meters, self._page = engine, models, meters, page
+        self.report = RunReport(models)
+
+    def table(self) -> list[Route]:
+        """The route table; the tests walk through it."""
+        return [
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/run", self.run),
+            Route("/run/metrics", self.run_metrics),
+            Route("/run/samples", self.run_samples),
+            Route("/", self.page),
+            Route("/page/{name:path}", self.page),
+        ]
+
+    async def completions(self, request: Request) -> Response:
+        return await self._complete(request, self._understand_completion)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, self._understand_chat)
+
+    def models(self, request: Request) -> Response:
+        """NAME and every NAME@STEP; ``created`` is when the checkpoint was written."""
+        times = {f"{self._models.name}@{c.step}": _written(c.path) for c in self._models.folder.checkpoints()}
+        names = self._models.names()
+        body = protocol.models_list(names, lambda name: times.get(name) or max(times.values(), default=0))
+        return Response(body, media_type="application/json")
+
+    async def health(self, request: Request) -> Response:
+        healthy = self._engine.healthy()
+        return JSONResponse({"status": "ok" if healthy else "unhealthy"}, 200 if healthy else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return PlainTextResponse(
+            self._meters.exposition(self._engine.gauges()), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    def run(self, request: Request) -> Response:
+        return JSONResponse(self.report.state())
+
+    def run_metrics(self, request: Request) -> Response:
+        """?after=STEP"""
+        after = request.query_params.get("after", "-1")
+        if not (after.removeprefix("-").isdigit() and after.isascii() and len(after) < 16):
+            raise Refusal(400, "after is not a step; for example /run/metrics?after=100", param="after")
+        return Response(self.report.metrics(int(after)), media_type="application/json")
+
+    def run_samples(self, request: Request) -> Response:
+        return Response(self.report.samples(), media_type="application/json")
+
+    async def page(self, request: Request) -> Response:
+        """A file of the page, from memory."""
+        found = self._page.get(request.path_params.get("name", "index.html"))
+        if found is None:
+            raise Refusal(404, "there is no such page")
+        return found
+
+    # completions and chat
+
+    async def _complete(self, request: Request, understand: Callable[[bytes], Work]) -> Response:
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_LEFT)
+        work = await asyncio.to_thread(understand, body)
+        client = request.headers.get("authorization") or (request.client.host if request.client else "")
+        job = self._submit(work, client)
+        if work.stream:
+            return EventStream(job, work.answer)
+        async with cancelled_when_gone(request.receive, job):
+            return whole_answer(await job.more(), work.answer)
+
+    def _submit(self, work: Work, client: str) -> Job:
+        try:
+            return self._engine.submit(
+                client, work.served, work.ids, work.params,
+                choices=work.answer.request.choices, stop_id=work.stop_id, stream=work.stream,
+            )  # fmt: skip
+        except Busy:
+            raise Refusal(
+                503, "too many requests are waiting; try again soon", code="overloaded", retry_after=1
+            ) from None
+        except Closing:
+            raise Refusal(503, "the server is shutting down", code="closing", retry_after=10) from None
+
+    def _understand_completion(self, body: bytes) -> Work:
+        """In a thread: a megabyte of JSON or text takes its time."""
+        request = protocol.parse(CompletionRequest, body)
+        served, prompt = self._model(request.model), request.single_prompt()
+        tokenizer = served.tokenizer
+        if isinstance(prompt, str):
+            _check_length(prompt, served, "prompt")
+            ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        else:
+            ids = _checked_ids(prompt, tokenizer.vocab_size) or [tokenizer.bos_id]
+            prompt = tokenizer.decode(ids) if request.echo else ""
+        params = request.params(len(ids), served.context, tokenizer)
+        answer = CompletionAnswer(request, served.name, len(ids), tokenizer, prompt)
+        return Work(served, ids, params, answer, bool(request.stream), stop_id(tokenizer))
+
+    def _understand_chat(self, body: bytes) -> Work:
+        request = protocol.parse(ChatRequest, body)
+        served, messages = self._model(request.model), request.conversation()
+        _check_length(story_so_far(messages), served, "messages")
+        ids = answer_prompt(messages, served.tokenizer)
+        params = request.params(len(ids), served.context, served.tokenizer)
+        answer = ChatAnswer(request, served.name, len(ids), served.tokenizer)
+        return Work(served, ids, params, answer, bool(request.stream), stop_id(served.tokenizer))
+
+    def _model(self, name: str | None) -> Served:
+        try:
+            return self._models.get(name)
+        except NoSuchModel as error:
+            raise Refusal(404, str(error), param="model", code="model_not_found") from None
+        except AllInUse:
+            raise Refusal(503, "too many checkpoints are in use", code="overloaded", retry_after=2) from None
+        except DamagedCheckpoint:
+            raise Refusal(404, "this checkpoint is damaged or gone", param="model", code="model_not_found") from None
+
+
+def _check_length(text: str, served: Served, param: str) -> None:
+    """Refuse what is much too long before it is tokenized, which takes a second for a megabyte."""
+    if (fewest := served.tokenizer.fewest_ids(text)) >= served.context:
+        raise protocol.too_long(f"has at least {fewest} tokens", served.context, param)
+
+
+def _checked_ids(ids: list[int], vocab_size: int) -> list[int]:
+    wrong = next((id for id in ids if id >= vocab_size), None)
+    if wrong is not None:
+        raise Refusal(400, f"prompt has the id {wrong}; use token ids from 0 to {vocab_size - 1}", param="prompt")
+    return ids
+
+
+# ── answers ──
+
+
+def whole_answer(items: Sequence[Token | End], answer: Answer) -> Response:
+    """The answer when all choices have ended; nobody reads it when the client has left."""
+    if not items:
+        return Response(status_code=CLIENT_LEFT)
+    choices = answer.request.choices
+    tokens: list[list[Token]] = [[] for _ in range(choices)]
+    reasons = [""] * choices
+    for item in items:
+        if isinstance(item, End):
+            _check_end(item)
+            reasons[item.index] = item.reason
+            answer.count(item.tokens)
+        else:
+            tokens[item.row.index].append(item)
+    body = answer.whole(list(zip(tokens, reasons, strict=True)))
+    return Response(body, media_type="application/json")
+
+
+def events(items: Sequence[Token | End], answer: Answer) -> bytes:
+    """The events for what has gathered: one for each choice, with its text in one piece."""
+    tokens: dict[int, list[Token]] = {}
+    reasons: dict[int, str] = {}
+    for item in items:
+        if isinstance(item, End):
+            _check_end(item)
+            reasons[item.index] = item.reason
+            answer.count(item.tokens)
+            tokens.setdefault(item.index, [])
+        else:
+            tokens.setdefault(item.row.index, []).append(item)
+    return b"".join([answer.event(index, some, reasons.get(index)) for index, some in tokens.items()])
+
+
+def _check_end(end: End) -> None:
+    if end.reason == "error":
+        raise Refusal(500, f"{end.error or 'the text could not be made'} ({protocol.new_id('req')})", code="engine")
+
+
+class EventStream(Response):
+    """Server-sent events as the tokens come, one write for what has gathered."""
+
+    def __init__(self, job: Job, answer: Answer) -> None:
+        super().__init__(media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._job, self._answer = job, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with cancelled_when_gone(receive, self._job):
+            if opening := self._answer.opening():
+                await send({"type": "http.response.body", "body": opening, "more_body": True})
+            last = self._answer.closing
+            try:
+                while items := await self._job.more():
+                    if piece := events(items, self._answer):
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+            except Refusal as refusal:
+                last = refusal.event
+        await send({"type": "http.response.body", "body": last()})
+
+
+@contextlib.asynccontextmanager
+async def cancelled_when_gone(receive: Receive, job: Job) -> AsyncIterator[None]:
+    """Cancel the job when the client leaves, which only ``receive`` tells, and at the end in any case."""
+    watch = asyncio.ensure_future(_gone(receive, job))
+    try:
+        yield
+    finally:
+        watch.cancel()
+        job.cancel()
+
+
+async def _gone(receive: Receive, job: Job) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    job.cancel()
+
+
+# ── the page ──
+
+
+def page_files() -> dict[str, Response]:
+    """Every file of the page, read once."""
+    folder = resources.files("smalllm.serve") / "page"
+    if not folder.is_dir():
+        return {}
+    files = [file for file in folder.iterdir() if file.is_file() and Path(file.name).suffix in CONTENT_TYPES]
+    return {file.name: Response(file.read_bytes(), media_type=CONTENT_TYPES[Path(file.name).suffix]) for file in files}
+
+
+def _written(checkpoint: Path) -> int:
+    try:
+        return int((checkpoint / "manifest.json").stat().st_mtime)
+    except OSError:
+        return 0
+
+
+# ── start and end ──
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a drain: at the end new requests are refused, running ones finish or are ended with an error."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._engine, self._drain_seconds = engine, drain_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.start(asyncio.get_running_loop())
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """The socket stays open meanwhile, so that who comes is told."""
+        self._engine.refuse()
+        closing = asyncio.ensure_future(asyncio.to_thread(self._engine.close, self._drain_seconds))
+        while not closing.done() and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+
+class Service:
+    """Everything that serves one run. ``run`` blocks until SIGTERM, Ctrl-C or ``stop``.
+
+    UserError when the run cannot be opened, the port is taken, or other machines would be let in without a key.
+    """
+
+    def __init__(self, settings: Settings, drain_seconds: float = DRAIN_SECONDS) -> None:
+        self.settings, self.meters = settings, Meters()
+        self.socket = listen(settings.host, settings.port)
+        try:
+            self.models = Models(settings.run, settings.slots + reserve(settings.slots), settings.device, log.info)
+        except BaseException:
+            self.socket.close()
+            raise
+        self.port = self.socket.getsockname()[1]
+        self.engine = Engine(self.meters, settings.slots, settings.queue, settings.request_seconds)
+        self.routes = Routes(self.engine, self.models, self.meters, page_files())
+        config = uvicorn.Config(
+            self._app(), http=guarded_protocol(self._deadlines()), ws="none", lifespan="off", log_config=None,
+            access_log=False, server_header=False, timeout_keep_alive=settings.deadlines.idle,  # type: ignore[arg-type]
+             timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        self.server = Server(config, self.engine, drain_seconds)
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        return f"http://{host}:{self.port}"
+
+    def run(self) -> None:
+        """Serve until the end; the process keeps its own signal handlers afterwards."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        self.models.follow()
+        threading.Thread(target=self.routes.report.measure_floor, name="floor", daemon=True).start()
+        try:
+            self.server.run(sockets=[self.socket])
+        finally:
+            self.models.stop()
+            self.engine.close()
+            self.socket.close()
+            sys.setswitchinterval(before)
+
+    def stop(self) -> None:
+        """As SIGTERM does; from any thread."""
+        self.server.should_exit = True
+
+    def _app(self) -> Guard:
+        table = self.routes.table()
+        app = Starlette(routes=table, exception_handlers={HTTPException: _refuse_http, Refusal: _refuse})
+        rules = Rules(Hosts(self.settings.host, self.port, self.settings.allow_hosts), self.settings.api_key)
+        return Guard(app, rules, self.meters, [route.path for route in table])
+
+    def _deadlines(self) -> Deadlines:
+        """No more connections than there are file descriptors for."""
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        given = self.settings.deadlines
+        return replace(given, connections=max(8, min(given.connections, files - FILES_SPARE)))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; UserError when the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
+    except OSError as error:
+        if isinstance(error, socket.gaierror):
+            raise UserError(f"host = {host} is no address of this machine; use 127.0.0.1") from None
+        raise UserError(
+            f"port {port} of {host} cannot be had ({os.strerror(error.errno or 0)}); choose another with --port, or end what uses it"
+        ) from None
+
+
+async def _refuse(request: Request, refusal: Any) -> Response:
+    return _Refused(refusal)
+
+
+async def _refuse_http(request: Request, error: Any) -> Response:
+    """What Starlette refuses itself: an unknown path, a wrong method."""
+    messages = {404: "there is no such path", 405: f"{request.method[:20]} is not possible here"}
+    return _Refused(Refusal(error.status_code, messages.get(error.status_code, "the request is wrong")))
+
+
+class _Refused(Response):
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(status_code=refusal.status)
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_refusal(self._refusal, send)
