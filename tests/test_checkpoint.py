@@ -20,8 +20,10 @@ from smalllm.checkpoint import (
     FileSystem,
     RunFolder,
     Snapshot,
+    _load_first,
     check_weights,
     find_run,
+    is_milestone,
     model_weights,
     open_run,
 )
@@ -68,6 +70,42 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path):
     assert [c.step for c in folder.checkpoints()] == [1, 4, 5]
     assert folder.best_step() == 1 and folder.newest_step() == 5
     assert sorted(os.listdir(folder.checkpoints_folder)) == ["step-00000001", "step-00000004", "step-00000005"]
+
+
+def test_milestones_stay_and_are_not_resumed_from(tmp_path: Path):
+    folder = filled(tmp_path, [1, 2])
+    folder.save_milestone(snapshot(1))
+    folder.save_milestone(snapshot(1))  # again, by a run that was resumed before it
+    for step in (3, 4, 5):
+        folder.save(snapshot(step), keep=2)
+    assert [c.step for c in folder.checkpoints()] == [4, 5] and [c.step for c in folder.milestones()] == [1]
+    assert folder.steps() == [1, 4, 5] and folder.newest_step() == 5
+    kept = folder.candidates("1")[0].load_model()
+    wanted = snapshot(1).weights["embedding.weight"]
+    assert kept.embedding.weight.dtype == torch.float32
+    torch.testing.assert_close(kept.embedding.weight.detach(), wanted, rtol=2**-8, atol=0)
+    folder.checkpoints()[-1].path.rename(tmp_path / "gone")
+    valid = folder.newest_valid()
+    assert valid is not None and valid.step == 4
+
+
+def test_milestones_are_spaced_by_powers():
+    steps = [step for step in range(40_001) if is_milestone(step)]
+    assert steps == [100, 300, 1000, 3000, 10_000, 30_000]
+
+
+def test_a_reader_reads_no_more_than_it_needs(tmp_path: Path):
+    """A damaged optimizer is no reason not to tell a story; a damaged model is, and the one before tells it."""
+    folder = filled(tmp_path, [1, 2])
+    for checkpoint, name in zip(folder.checkpoints(), ("optimizer.safetensors", "model.safetensors"), strict=True):
+        (checkpoint.path / name).write_bytes(b"damaged")
+    checkpoint, _ = _load_first(folder, "latest", "cpu", torch.float32)
+    assert checkpoint.step == 1
+    with pytest.raises(DamagedCheckpoint, match="model.safetensors"):
+        _load_first(folder, "2", "cpu", torch.float32)
+    (folder.checkpoints()[0].path / "model.safetensors").unlink()
+    with pytest.raises(DamagedCheckpoint, match="all 2 checkpoints"):
+        _load_first(folder, "latest", "cpu", torch.float32)
 
 
 def test_order_is_by_step_not_by_time(tmp_path: Path):

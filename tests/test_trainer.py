@@ -92,6 +92,25 @@ def test_a_run_from_beginning_to_end(tiny, tmp_path: Path):
     assert summary.floor_bits_per_byte is not None and summary.floor_bits_per_byte < summary.valid_bits_per_byte
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_early_models_are_kept_to_look_back_at(wanted: bool, tiny, tmp_path: Path):
+    settings = tiny(
+        model={"layers": 1, "width": 16, "context": 16},
+        train={
+            "steps": 101,
+            "batch_tokens": 32,
+            "micro_batch": 2,
+            "evaluate_every": 101,
+            "keep": 1,
+            "milestones": wanted,
+        },
+    )
+    train(settings, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").steps() == ([100, 101] if wanted else [101])
+    if wanted:
+        assert open_run(tmp_path / "run", "100").step == 100
+
+
 def test_same_seed_same_bytes_and_another_seed_other_bytes(tiny, tmp_path: Path):
     digests = []
     for name, config in (("a", tiny()), ("b", tiny()), ("c", tiny().model_copy(update={"seed": 8}))):

@@ -198,6 +198,7 @@ class TrainConfig(Section):
         0, ge=0, description="steps, besides those of the evaluations, before which one is always written; 0: no others"
     )
     keep: int = Field(3, ge=1, description="checkpoints kept besides the best")
+    milestones: bool = Field(True, description="keep the models of steps 100, 300, 1,000, 3,000 ... to look back at")
     patience: int = Field(0, ge=0, description="evaluations without improvement before stopping; 0: never")
     memory_gb: float = Field(
         0.0,

@@ -243,6 +243,11 @@ class Block(nn.Module):
 # ── GPT ──
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Not drawn yet; `initialize` does that."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 Fused = Callable[["GPT", Tensor, Tensor | None], Tensor]
 """The blocks and the last norm in one, faster: (model, x [B, T, C], starts) -> [B, T, C]. Set by runtime."""
 
@@ -260,14 +265,15 @@ class GPT(nn.Module):
         self.recompute = False
         self.fused: Fused | None = None
         self.flex = False  # documents apart by FlexAttention: fast when compiled for a GPU
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.embedding = _embedding(config.vocab_size, config.width)
+        self.position_embedding = _embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = make_norm(config, config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.tie()
-        self.rebuild_tables()
-        self.initialize()
+        if not self.embedding.weight.is_meta:  # there, arithmetic makes torch load a second's worth of modules
+            self.rebuild_tables()
+            self.initialize()
 
     def tie(self) -> None:
         """Let the head read the embedding (again after weights were assigned from outside)."""

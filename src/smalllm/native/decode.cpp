@@ -581,18 +581,23 @@ float lowered(Enough enough) {
     return std::numeric_limits<float>::lowest();
 }
 
-std::vector<int32_t> at_least(const float* x, int64_t count, float bound) {
-    std::vector<int32_t> found;
-    for (int64_t i = 0; i < count; i++)
-        if (x[i] >= bound) found.push_back(int32_t(i));
-    return found;
-}
-
 int64_t count_at_least(const float* x, int64_t count, float bound) {
     int32_t total = 0;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < count; i++) total += x[i] >= bound;
     return total;
+}
+
+std::vector<int32_t> at_least(const float* x, int64_t count, float bound) {
+    constexpr int64_t PART = 128;  // most parts hold none
+    std::vector<int32_t> found;
+    for (int64_t first = 0; first < count; first += PART) {
+        int64_t size = std::min(PART, count - first);
+        if (!count_at_least(x + first, size, bound)) continue;
+        for (int64_t i = first; i < first + size; i++)
+            if (x[i] >= bound) found.push_back(int32_t(i));
+    }
+    return found;
 }
 
 // The `wanted` greatest of numbers whose greatest is `most`, in order.
@@ -656,7 +661,9 @@ class Choice {
     // Where the cumulative distribution passes `uniform` of its sum.
     int64_t draw(float uniform) {
         constexpr int64_t PART = 256;
-        for (int64_t i = 0; i < vocab; i++) powers[i] = x[i] == NEVER ? 0.0f : power_of_two(x[i] * LOG2_E);
+        float* out = powers.data();
+#pragma omp simd
+        for (int64_t i = 0; i < vocab; i++) out[i] = power_of_two(x[i] * LOG2_E);
         auto part = [&](int64_t first) {
             float sum = 0;
             int64_t end = std::min(first + PART, vocab);

@@ -24,7 +24,15 @@ import numpy as np
 import torch
 
 from smalllm import hardware
-from smalllm.checkpoint import Checkpoint, RunFolder, Snapshot, copy_weights, model_weights, no_space_left
+from smalllm.checkpoint import (
+    Checkpoint,
+    RunFolder,
+    Snapshot,
+    copy_weights,
+    is_milestone,
+    model_weights,
+    no_space_left,
+)
 from smalllm.config import RunConfig, UserError, changed_settings
 from smalllm.data.batches import Batches, Prefetch
 from smalllm.data.prepare import PrepareProgress, prepare
@@ -180,6 +188,8 @@ class Trainer:
                 self.state.evaluation_due = self.due_evaluation()
                 if self.state.evaluation_due or self.due(self.config.train.log_every):
                     self.log()
+                if self.config.train.milestones and is_milestone(self.state.step):
+                    self.save_milestone()
                 if self.due_checkpoint():
                     self.save()  # before evaluation: a failing evaluation loses nothing
                 if self.state.evaluation_due:
@@ -504,8 +514,29 @@ class Trainer:
 
     def save(self, final: bool = False) -> None:
         """Write a checkpoint. A full disk costs this checkpoint only, unless it was the last one."""
+        try:
+            self.folder.save(self.snapshot(), self.config.train.keep)
+        except OSError as error:
+            message = (
+                f"the checkpoint of step {self.state.step} could not be written to {self.folder.path}: {_reason(error)}"
+            )
+            if final:
+                raise TrainingFailure(
+                    f"{message}; free some space and run the same command again to go on from step {self.folder.newest_step() or 0}"
+                ) from None
+            self.display.note(f"{message}; the older ones are whole, training goes on")
+
+    def save_milestone(self) -> None:
+        """Keep the weights of this step to be looked back at."""
+        try:
+            self.folder.save_milestone(self.snapshot())
+        except OSError as error:
+            self.display.note(f"the model of step {self.state.step} was not kept to look back at: {_reason(error)}")
+
+    def snapshot(self) -> Snapshot:
+        """All that training needs to go on from here."""
         state = dataclasses.replace(self.state, seconds=self.seconds())
-        snapshot = Snapshot(
+        return Snapshot(
             step=state.step, model=self.config.model, weights=model_weights(self.model),
             optimizer=self.optimizer.state_tensors(),
             state={
@@ -515,16 +546,6 @@ class Trainer:
                 "tokenizer_fingerprint": self.tokenizer.fingerprint, "data_fingerprint": self.dataset.fingerprint,
             },
         )  # fmt: skip
-        try:
-            self.folder.save(snapshot, self.config.train.keep)
-        except OSError as error:
-            reason = "the disk is full" if no_space_left(error) else error.strerror
-            message = f"the checkpoint of step {state.step} could not be written to {self.folder.path}: {reason}"
-            if final:
-                raise TrainingFailure(
-                    f"{message}; free some space and run the same command again to go on from step {self.folder.newest_step() or 0}"
-                ) from None
-            self.display.note(f"{message}; the older ones are whole, training goes on")
 
     def validate(self) -> None:
         """Score the validation set, tell a story, note whether this is the best so far."""
@@ -635,6 +656,10 @@ class Trainer:
         finally:
             for name, handler in previous.items():
                 signal.signal(getattr(signal, name), handler)
+
+
+def _reason(error: OSError) -> str:
+    return "the disk is full" if no_space_left(error) else error.strerror or str(error)
 
 
 def train(
