@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from smalllm import hardware
+from smalllm.checkpoint import open_run
 from smalllm.cli import run
 from smalllm.commands.bench import STEPS, TrainingBench, random_data
 from smalllm.config import load_recipe
 from smalllm.data.batches import IGNORE
 from smalllm.data.shards import TokenDataset
 from smalllm.model import GPT
+from smalllm.training.trainer import train
 
 TINY = [
     "model.layers=1", "model.width=32", "model.heads=2", "model.context=64", "train.batch_tokens=512", "train.micro_batch=2",
@@ -87,7 +89,7 @@ def test_a_person_reads_a_table(nowhere: Path, capsys: pytest.CaptureFixture, mo
         (["train", "--seconds", "0"], 1, "--seconds 0 must be"),
         (["train", "--seconds", "inf"], 1, "--seconds inf must be"),
         (["train", "--seconds", "soon"], 2, "soon"),
-        (["decode"], 2, '"decode"'),
+        (["cook"], 2, '"cook"'),
         ([], 2, "WHAT"),
     ],
 )
@@ -145,3 +147,50 @@ def test_every_random_token_is_a_target(tmp_path: Path):
 def test_random_data_is_the_same_again(tmp_path: Path):
     folders = [random_data(tmp_path / name, 300, 16) for name in ("a", "b")]
     assert len({TokenDataset.open(folder).fingerprint for folder in folders}) == 1
+
+
+# ── decode ──
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_a_recipe_prints_the_figures_of_the_contract(batch: int, nowhere: Path, capsys: pytest.CaptureFixture):
+    words = ["bench", "decode", "quickstart", "model.layers=1", "--batch", str(batch), "--seconds", "0.1", "--json"]
+    assert run(words) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert list(figures) == ["tokens_per_second", "batch", "dtype", "first_token_seconds"]
+    assert figures["tokens_per_second"] > 0 and figures["batch"] == batch and figures["first_token_seconds"] > 0
+    assert list(nowhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("weights", ["auto", "fp32"])
+def test_decoding_a_run_measures_its_own_model(
+    weights: str, tiny, nowhere: Path, capsys: pytest.CaptureFixture, native: None
+):
+    train(tiny(train={"steps": 1}), nowhere / "runs/tiny")
+    capsys.readouterr()
+    assert run(["bench", "decode", "--seconds", "0.1", "--weights", weights]) == 0  # the newest run
+    out = capsys.readouterr().out
+    assert f"{open_run(nowhere / 'runs/tiny').model.parameters_count():,} parameters" in out
+    assert ("int8" if weights == "auto" else "fp32") in out and "one text, 16 tokens long" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["decode", "--batch", "0"], "--batch 0 must be 1 to 1024"),
+        (["decode", "nonesuch"], "there is no run at"),
+        (["train", "--batch", "4"], "belong to bench decode"),
+        (["decode", "quickstart", "model.widht=3"], "did you mean 'model.width'"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_sentence(
+    words: list[str], sentence: str, nowhere: Path, capsys: pytest.CaptureFixture
+):
+    assert run(["bench", *words]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_run_is_measured_as_it_is(tiny, nowhere: Path, capsys: pytest.CaptureFixture):
+    train(tiny(train={"steps": 1}), nowhere / "run")
+    assert run(["bench", "decode", "run", "model.layers=3"]) == 1
+    assert "model.layers=3 cannot change the model of a run" in capsys.readouterr().err

@@ -17,7 +17,7 @@ VERBS = {
     "serve": "Serve a model over HTTP, as OpenAI's clients expect it, with a page.",
     "evaluate": "Measure a model in bits per byte, with an interval.",
     "plot": "Draw loss and learning rate of runs.",
-    "bench": "Measure how fast this machine trains.",
+    "bench": "Measure how fast this machine trains and decodes.",
     "doctor": "Check this installation and this machine.",
 }
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

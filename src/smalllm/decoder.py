@@ -26,6 +26,7 @@ class Decoder(Protocol):
 
     slots: int
     context: int
+    weights: str  # their type: fp32, bf16, int8 or another of the model's own
 
     def forward(self, parts: Sequence[Part]) -> Tensor:
         """Add the parts to their slots; logits [wanted, V], float32, of the parts' wanted tokens in turn."""
@@ -54,6 +55,7 @@ class TorchDecoder:
     def __init__(self, model: GPT, slots: int) -> None:
         self.model, self.slots, self.context = model, slots, model.config.context
         weight = model.embedding.weight
+        self.weights = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[weight.dtype]
         self._cache = KVCache(model.config, slots, device=weight.device, dtype=weight.dtype)
 
     @torch.inference_mode()

@@ -1,11 +1,13 @@
-"""`smalllm bench train`: how fast this machine trains a recipe. The trainer's own steps, on random tokens.
+"""`smalllm bench`: how fast this machine trains a recipe, and how fast it decodes a run's or a recipe's model.
 
-Speed does not depend on what the tokens say, so nothing is downloaded, prepared or kept. What loads torch is imported
-inside functions here: the time to the first step counts from the start of the verb, imports included.
+The trainer's own steps and the generator's own batch, on random tokens: speed does not depend on what they say, so nothing
+is downloaded, prepared or kept. What loads torch is imported inside functions here: the time to the first step or token
+counts from the start of the verb, imports included.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -25,6 +27,12 @@ from smalllm.config import RunConfig, UserError
 from smalllm.metrics import Display, model_flops_utilization
 from smalllm.native import build
 
+if TYPE_CHECKING:
+    from smalllm.decoder import Weights
+    from smalllm.model import GPT
+    from smalllm.tokenizer import Tokenizer
+
+MOST_BATCH = 1024
 STEPS = 5
 """Steps that are measured at least; a median of fewer says little."""
 DATA_TOKENS, MOST_ROWS = 1 << 20, 4096
@@ -45,32 +53,64 @@ class TrainingSpeed:
     memory_bytes: int
 
 
+@dataclass(frozen=True)
+class DecodingSpeed:
+    """The figures of `smalllm bench decode --json`. ``tokens_per_second`` of ``batch`` texts at once, all together, the
+    median of several texts of up to half a context; ``dtype``: of the weights; ``first_token_seconds`` since the start of the
+    verb."""
+
+    tokens_per_second: float
+    batch: int
+    dtype: str
+    first_token_seconds: float
+
+
 def bench(
-    what: Annotated[Literal["train"], Parameter(name="WHAT")],
+    what: Annotated[Literal["train", "decode"], Parameter(name="WHAT")],
     /,
-    *words: Annotated[str, Parameter(name="RECIPE section.key=value", show_default=False)],
-    seconds: Annotated[float, Parameter(name="--seconds")] = 20.0,
+    *words: Annotated[str, Parameter(name="RUN|RECIPE section.key=value", show_default=False)],
+    seconds: Annotated[float | None, Parameter(name="--seconds", show_default=False)] = None,
+    batch: Annotated[int | None, Parameter(name="--batch", show_default=False)] = None,
+    weights: Annotated[
+        Literal["auto", "fp32", "bf16", "int8"] | None, Parameter(name="--weights", show_default=False)
+    ] = None,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
-    """Measure how fast this machine trains a recipe, on random tokens: nothing is downloaded, prepared or kept.
+    """Measure how fast this machine trains a recipe, or decodes a model, on random tokens: nothing is downloaded or kept.
 
     Parameters
     ----------
     what
         What to measure.
     words
-        A recipe (a name, or a TOML file; default quickstart) and settings such as train.precision=fp32 model.context=1024.
+        train: a recipe (a name, or a TOML file; default quickstart) and settings such as train.precision=fp32
+        model.context=1024. decode: a run folder, or a recipe and settings, whose weights are then random (default: the
+        newest run, or quickstart).
     seconds
-        How long to measure after the first step; five steps are measured at least.
+        How long to measure after the first step or token (train: 20, and five steps at least; decode: 5).
+    batch
+        decode: how many texts at once (1).
+    weights
+        decode: auto, fp32, bf16 or int8.
     json_output
         Print one JSON object to standard output, everything else to standard error.
     """
     started = time.monotonic()
+    if seconds is not None and not 0.0 < seconds < math.inf:
+        raise UserError(f"--seconds {seconds:g} must be a number of seconds above 0; try --seconds 20")
+    if what == "decode":
+        return _decode(words, seconds or 5.0, 1 if batch is None else batch, weights or "auto", json_output, started)
+    if batch is not None or weights is not None:
+        raise UserError(
+            "--batch and --weights belong to bench decode; for training set train.micro_batch=N in place of them"
+        )
+    return _train(words, seconds or 20.0, json_output, started)
+
+
+def _train(words: tuple[str, ...], seconds: float, json_output: bool, started: float) -> int:
     build.begin("kernels")
     from smalllm.commands.train import Lines, settings
 
-    if not 0.0 < seconds < math.inf:
-        raise UserError(f"--seconds {seconds:g} must be a number of seconds above 0; try --seconds 20")
     config = settings(words, None, None)
     display = Lines(Console(stderr=True), config)
     with (
@@ -83,6 +123,94 @@ def bench(
     else:
         Console(markup=False, emoji=False, highlight=False).print(measured.table(speed))
     return 0
+
+
+def _decode(
+    words: tuple[str, ...], seconds: float, batch: int, weights: Weights, json_output: bool, started: float
+) -> int:
+    if not 1 <= batch <= MOST_BATCH:
+        raise UserError(f"--batch {batch} must be 1 to {MOST_BATCH}; try --batch 16")
+    build.begin("decode")
+    measured = DecodingBench(*model_of(words), batch, weights, started)
+    speed = measured.speed(seconds)
+    if json_output:
+        print(json.dumps(dataclasses.asdict(speed)))
+    else:
+        Console(markup=False, emoji=False, highlight=False).print(measured.table(speed))
+    return 0
+
+
+def model_of(words: tuple[str, ...]) -> tuple[GPT, Tokenizer]:
+    """The model and tokenizer of a run, or of a recipe with settings: then with random weights."""
+    from smalllm.checkpoint import find_run, open_run
+    from smalllm.commands.train import settings
+    from smalllm.config import recipe_names
+    from smalllm.model import GPT
+    from smalllm.tokenizer import Tokenizer
+
+    first = words[0] if words else None
+    if first is None:
+        with contextlib.suppress(UserError):
+            first = str(find_run()[0].path)
+    if first is not None and "=" not in first and first not in recipe_names() and not first.endswith(".toml"):
+        if len(words) > 1:
+            raise UserError(
+                f"{words[1]} cannot change the model of a run; leave it out, or give a recipe in place of {first}"
+            )
+        loaded = open_run(first)
+        return loaded.model, loaded.tokenizer
+    config = settings(words, None, None)
+    shape = config.model.model_copy(update={"vocab_size": config.model.vocab_size or config.data.vocab_size})
+    return GPT(shape), Tokenizer.train(["random tokens have no text\n"] * 9, vocab_size=280)
+
+
+class DecodingBench:
+    """A batch of texts of random tokens, none of which ends before it is as long as planned."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, batch: int, weights: Weights, started: float) -> None:
+        from smalllm.generation import Batch, SamplingParams
+
+        self.model, self.tokenizer, self.started = model, tokenizer, started
+        self.tokens = max(2, model.config.context // 2)
+        self.params = SamplingParams(max_tokens=self.tokens, seed=0, logit_bias={tokenizer.eos_id: -math.inf})
+        self.batch = Batch(model, tokenizer, batch, weights)
+
+    def speed(self, seconds: float) -> DecodingSpeed:
+        """Tell texts for about so many seconds, three at least."""
+        rates: list[float] = []
+        first_token_seconds = 0.0
+        end = time.monotonic() + seconds
+        while len(rates) < 3 or time.monotonic() < end:
+            rates.append(self.texts())
+            first_token_seconds = first_token_seconds or self.first - self.started
+        rate = round(median(rates), 1)
+        return DecodingSpeed(rate, self.batch.slots, self.batch.decoder.weights, round(first_token_seconds, 3))
+
+    def texts(self) -> float:
+        """One text in every slot; tokens per second after the first of each."""
+        from smalllm.generation import Row
+
+        for index in range(self.batch.slots):
+            self.batch.add(Row([self.tokenizer.bos_id, *range(3, 12)], self.params, self.tokenizer, index))
+        while len(self.batch.step()) < self.batch.slots:
+            pass
+        self.first, done = time.monotonic(), 0
+        start = time.perf_counter()
+        while self.batch.rows:
+            done += len(self.batch.step())
+        return done / (time.perf_counter() - start)
+
+    def table(self, speed: DecodingSpeed) -> Table:
+        """The figures for a person, with what they stand for."""
+        grid = Table.grid(padding=(0, 2))
+        texts = "one text" if speed.batch == 1 else f"{speed.batch} texts at once, together"
+        for name, figure, meaning in (
+            ("speed", f"{speed.tokens_per_second:,.0f} tokens/s", f"{texts}, {self.tokens} tokens long"),
+            ("weights", speed.dtype, f"{self.model.parameters_count():,} parameters"),
+            ("first token", f"{speed.first_token_seconds:.2f} s", "after the start of the command, imports and all"),
+        ):
+            grid.add_row(name, figure, meaning)
+        return grid
 
 
 class TrainingBench:

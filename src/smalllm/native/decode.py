@@ -8,6 +8,7 @@ same alone and among others, bit for bit. Shapes: V vocabulary.
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -32,6 +33,46 @@ class Part(NamedTuple):
     wanted: int = 1
 
 
+class Threads:
+    """How many threads pay, learned from how long steps take: more wait for each other more often, and where another process
+    runs on the same cores, threads that wait for one that is not running lose milliseconds. No bit depends on the number.
+
+    >>> threads = Threads(4)
+    >>> for _ in range(200):
+    ...     count = threads.count(1)
+    ...     threads.learn(1, count, {1: 3.0, 2: 2.0, 4: 5.0}[count])
+    >>> threads.best(1)
+    2
+    """
+
+    EXPLORE = 64  # steps between trials of another number
+    MEMORY = 0.25  # weight of the newest step
+
+    def __init__(self, most: int) -> None:
+        self._choices = sorted({most, *(1 << bit for bit in range(most.bit_length()))})
+        self._seconds: dict[int, dict[int, float]] = {}  # rows -> threads -> a moving average
+        self._step = 0
+
+    def count(self, rows: int) -> int:
+        """How many to use now for a step of so many rows: the best, or now and then one beside it."""
+        self._step += 1
+        best = self.best(rows)
+        if self._step % self.EXPLORE and len(self._seconds.get(rows, ())) > 1:
+            return best
+        place = self._choices.index(best) + (1 if self._step // self.EXPLORE % 2 else -1)
+        return self._choices[min(max(place, 0), len(self._choices) - 1)]
+
+    def learn(self, rows: int, threads: int, seconds: float) -> None:
+        """Note how long a step took."""
+        known = self._seconds.setdefault(rows, {})
+        known[threads] = known.get(threads, seconds) * (1 - self.MEMORY) + seconds * self.MEMORY
+
+    def best(self, rows: int) -> int:
+        """The number with the shortest steps so far; the most while nothing is known."""
+        known = self._seconds.get(rows)
+        return min(known, key=known.__getitem__) if known else self._choices[-1]
+
+
 class Decoder:
     """A copy of a model's weights in ``TYPES[weights]`` and a cache of ``slots`` texts of up to its context, on the CPU.
 
@@ -40,8 +81,8 @@ class Decoder:
     """
 
     def __init__(self, model: GPT, slots: int, weights: str) -> None:
-        self.slots, self.context = slots, model.config.context
-        self._vocab = model.config.vocab_size
+        self.slots, self.context, self.weights = slots, model.config.context, weights
+        self._vocab, self._threads = model.config.vocab_size, Threads(torch.get_num_threads())
         self._library = _library()
         self._tensors = _tensors(model)  # embeddings and tables are read in place
         pointers = (ctypes.c_void_p * len(self._tensors))(
@@ -66,10 +107,14 @@ class Decoder:
         assert max(ids) < self._vocab and min(ids) >= 0, "ids are of this vocabulary"
         assert max(positions) < self.context and max(slots) < self.slots, "parts fit into the cache"
         logits = torch.empty(len(outputs), self._vocab)
+        few = len(ids) <= self.slots
+        threads, began = self._threads.count(len(ids)) if few else torch.get_num_threads(), time.perf_counter()
         self._library.smalllm_forward(
             self._handle, len(ids), _int32(ids), _int32(slots), _int32(positions),
-            len(outputs), _int32(outputs), logits.data_ptr(), torch.get_num_threads(),
+            len(outputs), _int32(outputs), logits.data_ptr(), threads,
         )  # fmt: skip
+        if few:
+            self._threads.learn(len(ids), threads, time.perf_counter() - began)
         return logits
 
 
