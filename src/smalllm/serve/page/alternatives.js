@@ -85,7 +85,8 @@ export class Alternatives {
   }
 
   #row(piece, probability, share, token) {
-    const chosen = piece === token.piece, broken = piece.includes("\ufffd"); // part of a character: no text can hold it
+    const chosen = piece === token.piece;
+    const broken = !chosen && piece.includes("\ufffd"); // part of a character: no text can hold it
     const bar = element("span", { class: "bar-fill" });
     bar.style.width = `${100 * share}%`;
     const row = element("button", { class: "alternative", disabled: broken },

@@ -16,6 +16,7 @@ class Run extends EventTarget {
   #last = "";
   #timer = 0;
   #busy = false;
+  #again = false; // someone asked while an answer was awaited
   #sampled = false;
 
   start() {
@@ -26,7 +27,7 @@ class Run extends EventTarget {
   /** Ask now, and again after two seconds. */
   async poll({ ask = false } = {}) {
     clearTimeout(this.#timer);
-    if (this.#busy) return;
+    if (this.#busy) return void (this.#again = true);
     this.#busy = true;
     try {
       this.#take(await get("run", { ask }));
@@ -37,7 +38,8 @@ class Run extends EventTarget {
       this.#reach(error instanceof ServerError, error.status === 401);
     }
     this.#busy = false;
-    if (!document.hidden) this.#timer = setTimeout(() => this.poll(), POLL_MS);
+    if (!document.hidden) this.#timer = setTimeout(() => this.poll(), this.#again ? 0 : POLL_MS);
+    this.#again = false;
   }
 
   /** Bits per byte of a checkpoint, from an evaluation at its step or shortly before; null when there is none. */
