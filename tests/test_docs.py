@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import importlib.util
 import io
 import re
@@ -272,6 +274,19 @@ def test_python_blocks_are_python(page):
             compile(block, page.name, "exec")
         if language == "toml":
             tomllib.loads(block)
+
+
+EXAMPLES = [
+    ".".join(("smalllm", *path.relative_to(ROOT / "src" / "smalllm").with_suffix("").parts))
+    for path in sorted((ROOT / "src").rglob("*.py"))
+    if ">>> " in _text(path)
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_in_docstrings_are_true(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed
 
 
 # ── the messages of docs/troubleshooting.md are the program's ──

@@ -95,7 +95,7 @@ def pack(pieces: list[Segment], capacity: int) -> list[list[Segment]]:
     """Best-fit decreasing bin packing of segments into rows of at most ``capacity`` targets.
 
     >>> pack([(0, 3), (10, 5), (20, 2), (30, 1)], capacity=6)
-    [[(10, 5), (30, 1)], [(0, 3), (20, 2)]]
+    [[(10, 5)], [(0, 3), (20, 2), (30, 1)]]
     """
     rows: list[list[Segment]] = []
     open_rows: dict[int, list[int]] = {}  # free targets -> rows that have so many
