@@ -423,6 +423,15 @@ def test_names_and_steps(models):
             models.get(name)
 
 
+def test_milestones_have_names_too(tmp_path, dataset_folder):
+    folder = make_run(tmp_path / "tale", dataset_folder, [1, 5])
+    kept = folder / "checkpoints" / "step-00000001"
+    (folder / "milestones").mkdir()
+    kept.rename(folder / "milestones" / kept.name)
+    models = open_models(folder)
+    assert models.names() == ["tale", "tale@5", "tale@1"] and models.get("tale@1").run.step == 1
+
+
 def test_a_newer_checkpoint_takes_over_and_running_texts_finish_on_the_old_one(tmp_path, dataset_folder):
     folder, notes = make_run(tmp_path / "tale", dataset_folder, [1]), []
     models = open_models(folder, notes)

@@ -61,11 +61,11 @@ class Models:
         self._stopped = threading.Event()
 
     def names(self) -> list[str]:
-        """NAME, then NAME@STEP of every checkpoint, newest first."""
+        """NAME, then NAME@STEP of every checkpoint and milestone, newest first."""
         return [self.name, *(f"{self.name}@{step}" for step in reversed(self.steps()))]
 
     def steps(self) -> list[int]:
-        return [checkpoint.step for checkpoint in self.folder.checkpoints()]
+        return self.folder.steps()
 
     def get(self, name: str | None) -> Served:
         """The checkpoint of that name (None: the newest), loaded if it must be: call it where waiting is allowed.

@@ -121,7 +121,9 @@ class Routes:
 
     def models(self, request: Request) -> Response:
         """NAME and every NAME@STEP; ``created`` is when the checkpoint was written."""
-        times = {f"{self._models.name}@{c.step}": _written(c.path) for c in self._models.folder.checkpoints()}
+        folder = self._models.folder
+        kept = folder.milestones() + folder.checkpoints()
+        times = {f"{self._models.name}@{checkpoint.step}": _written(checkpoint.path) for checkpoint in kept}
         names = self._models.names()
         body = protocol.models_list(names, lambda name: times.get(name) or max(times.values(), default=0))
         return Response(body, media_type="application/json")
