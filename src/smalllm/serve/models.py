@@ -6,6 +6,7 @@ it is whole; what was begun is finished on the old one. A damaged one is named o
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -67,14 +68,22 @@ class Models:
     def steps(self) -> list[int]:
         return self.folder.steps()
 
+    def loaded(self, name: str | None) -> Served | None:
+        """The checkpoint of that name (None: the newest) if it is in memory; at once."""
+        if name in (None, self.name, self.current.name):
+            return self.current
+        for served in list(self._numbered.values()):
+            if served.name == name:
+                with contextlib.suppress(KeyError):  # forgotten just now
+                    self._numbered.move_to_end(served.run.step)
+                return served
+        return None
+
     def get(self, name: str | None) -> Served:
-        """The checkpoint of that name (None: the newest), loaded if it must be: call it where waiting is allowed.
-        NoSuchModel, AllInUse, or DamagedCheckpoint."""
-        if name in (None, self.name):
-            return self.current
+        """The same, loaded if it must be: call it where waiting is allowed. NoSuchModel, AllInUse, or DamagedCheckpoint."""
+        if (served := self.loaded(name)) is not None:
+            return served
         step = self._step_of(str(name))
-        if step == self.current.run.step:
-            return self.current
         with self._lock:
             if step not in self._numbered:
                 self._make_room()

@@ -12,10 +12,11 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -46,6 +47,7 @@ CONTENT_TYPES = {
     ".woff2": "font/woff2",
 }  # fmt: skip
 log = logging.getLogger("smalllm.serve")
+R = TypeVar("R", CompletionRequest, ChatRequest)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Routes:
 
     def __init__(self, engine: Engine, models: Models, meters: Meters, page: dict[str, Response]) -> None:
         self._engine, self._models, self._meters, self._page = engine, models, meters, page
+        self._loader = ThreadPoolExecutor(1, "load")
         self.report = RunReport(models)
 
     def table(self) -> list[Route]:
@@ -114,10 +117,10 @@ class Routes:
         ]
 
     async def completions(self, request: Request) -> Response:
-        return await self._complete(request, self._understand_completion)
+        return await self._complete(request, CompletionRequest, self._understand_completion)
 
     async def chat(self, request: Request) -> Response:
-        return await self._complete(request, self._understand_chat)
+        return await self._complete(request, ChatRequest, self._understand_chat)
 
     def models(self, request: Request) -> Response:
         """NAME and every NAME@STEP; ``created`` is when the checkpoint was written."""
@@ -159,18 +162,31 @@ class Routes:
 
     # completions and chat
 
-    async def _complete(self, request: Request, understand: Callable[[bytes], Work]) -> Response:
+    async def _complete(self, request: Request, kind: type[R], understand: Callable[[R, Served], Work]) -> Response:
         try:
             body = await request.body()
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
-        work = await asyncio.to_thread(understand, body)
-        client = request.headers.get("authorization") or (request.client.host if request.client else "")
-        job = self._submit(work, client)
+        asked = await asyncio.to_thread(protocol.parse, kind, body)
+        served = self._models.loaded(asked.model) or await self._load(str(asked.model))
+        work = await asyncio.to_thread(understand, asked, served)
+        job = self._submit(work, request.client.host if request.client else "")
         if work.stream:
             return EventStream(job, work.answer)
         async with cancelled_when_gone(request.receive, job):
-            return whole_answer(await job.more(), work.answer)
+            items = await job.more()
+        return await asyncio.to_thread(whole_answer, items, work.answer)
+
+    async def _load(self, name: str) -> Served:
+        """A checkpoint that is not in memory, in a thread of its own: nobody else waits for it."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._loader, self._models.get, name)
+        except NoSuchModel as error:
+            raise Refusal(404, str(error), param="model", code="model_not_found") from None
+        except AllInUse:
+            raise Refusal(503, "too many checkpoints are in use", code="overloaded", retry_after=2) from None
+        except DamagedCheckpoint:
+            raise Refusal(404, "this checkpoint is damaged or gone", param="model", code="model_not_found") from None
 
     def _submit(self, work: Work, client: str) -> Job:
         try:
@@ -185,11 +201,10 @@ class Routes:
         except Closing:
             raise Refusal(503, "the server is shutting down", code="closing", retry_after=10) from None
 
-    def _understand_completion(self, body: bytes) -> Work:
-        """In a thread: a megabyte of JSON or text takes its time."""
-        request = protocol.parse(CompletionRequest, body)
-        served, prompt = self._model(request.model), request.single_prompt()
-        tokenizer = served.tokenizer
+    @staticmethod
+    def _understand_completion(request: CompletionRequest, served: Served) -> Work:
+        """In a thread: a long text takes its time."""
+        prompt, tokenizer = request.single_prompt(), served.tokenizer
         if isinstance(prompt, str):
             _check_length(prompt, served, "prompt")
             ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
@@ -200,24 +215,14 @@ class Routes:
         answer = CompletionAnswer(request, served.name, len(ids), tokenizer, prompt)
         return Work(served, ids, params, answer, bool(request.stream), stop_id(tokenizer))
 
-    def _understand_chat(self, body: bytes) -> Work:
-        request = protocol.parse(ChatRequest, body)
-        served, messages = self._model(request.model), request.conversation()
+    @staticmethod
+    def _understand_chat(request: ChatRequest, served: Served) -> Work:
+        messages = request.conversation()
         _check_length(story_so_far(messages), served, "messages")
         ids = answer_prompt(messages, served.tokenizer)
         params = request.params(len(ids), served.context, served.tokenizer)
         answer = ChatAnswer(request, served.name, len(ids), served.tokenizer)
         return Work(served, ids, params, answer, bool(request.stream), stop_id(served.tokenizer))
-
-    def _model(self, name: str | None) -> Served:
-        try:
-            return self._models.get(name)
-        except NoSuchModel as error:
-            raise Refusal(404, str(error), param="model", code="model_not_found") from None
-        except AllInUse:
-            raise Refusal(503, "too many checkpoints are in use", code="overloaded", retry_after=2) from None
-        except DamagedCheckpoint:
-            raise Refusal(404, "this checkpoint is damaged or gone", param="model", code="model_not_found") from None
 
 
 def _check_length(text: str, served: Served, param: str) -> None:
