@@ -27,7 +27,7 @@ FLAGS = (
 )  # fmt: skip
 SECONDS = 180
 FOLDER = Path(__file__).parent
-NO_COMPILER = "there is no C++ compiler here (g++); install one to train several times faster"
+NO_COMPILER = "there is no C++ compiler here (g++); install one to train faster"
 
 
 class Unavailable(RuntimeError):
