@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_generation import save_run
+from test_generation import make_model, save_run
 
 from smalllm import cli, generation
 from smalllm.checkpoint import open_run
 from smalllm.commands import chat
 from smalllm.commands.chat import ChatSession
 from smalllm.config import RunConfig, UserError
-from smalllm.generation import Generator, SamplingParams
+from smalllm.conversation import CONTROL, Message, answer_prompt, role_ids, stop_id
+from smalllm.generation import Generator, Row, SamplingParams
 from smalllm.native.decode import Choice
+from smalllm.tokenizer import Tokenizer
 
 PARAMS = SamplingParams(max_tokens=12, temperature=1.0, seed=1)
 
@@ -60,7 +64,7 @@ def test_a_line_is_continued_and_an_empty_line_goes_on(session: ChatSession) -> 
 
 
 def test_an_empty_line_at_the_beginning_asks_for_one(session: ChatSession) -> None:
-    assert "type how a text begins" in said(session, "  ")
+    assert "type something" in said(session, "  ")
     assert session.texts == []
 
 
@@ -85,6 +89,81 @@ def test_broken_weights_are_a_sentence(session: ChatSession) -> None:
     session.run.model.norm.weight.data[0] = float("nan")  # type: ignore[operator]
     assert "logits are not finite" in said(session, "Once")
     assert not session.done
+
+
+# ── models that take turns ──
+
+
+@pytest.fixture
+def turns(session: ChatSession, folder: Path) -> ChatSession:
+    """A session with a model whose vocabulary has turn markers."""
+    tokenizer = Tokenizer.train(["say hi to the cat\n"] * 9, 280, control=CONTROL)
+    run = dataclasses.replace(session.run, tokenizer=tokenizer, model=make_model(vocab_size=280, context=128))
+    return ChatSession(run, lambda: run, dataclasses.replace(PARAMS, max_tokens=40), follow=False)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, session: ChatSession, *answers: str) -> list[Row]:
+    """The model says these answers, each with the end of its turn; returns the rows that it read."""
+    tokenizer, rows = session.run.tokenizer, []
+    ids = iter([id for answer in answers for id in (*tokenizer.encode(answer), stop_id(tokenizer))])
+
+    def choose(logits: Any, some: list[Row], forbidden: Any) -> list[Choice]:
+        if not some[0].generated:
+            rows.append(some[0])
+        return [Choice(next(ids) or 0)]
+
+    monkeypatch.setattr(generation, "choose", choose)
+    return rows
+
+
+def test_messages_are_answered_in_turns(turns: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = scripted(monkeypatch, turns, "hi", "the cat", "hi")
+    assert said(turns, "say hi") == "hi\n" and said(turns, "") == "" and said(turns, "to who") == "the cat\n"
+    spoken = [
+        Message("user", "say hi"),
+        Message("assistant", "hi"),
+        Message("user", "to who"),
+        Message("assistant", "the cat"),
+    ]
+    assert turns.messages == spoken and turns.texts == []
+    assert rows[1].ids[: rows[1].prompt_length] == answer_prompt(spoken[:3], turns.run.tokenizer)
+    assert set(rows[1].params.logit_bias) == set(role_ids(turns.run.tokenizer))
+    assert "the model answers" in said(turns, "/help")
+    assert "forgotten" in said(turns, "/new") and turns.messages == []
+    assert said(turns, "say hi") == "hi\n" and rows[2].prompt_length == rows[0].prompt_length
+
+
+def test_a_conversation_is_saved_as_messages(
+    turns: ChatSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, turns, "hi")
+    said(turns, "say é")
+    assert said(turns, f"/save {tmp_path / 'chat.jsonl'}") == f"(saved 2 messages to {tmp_path / 'chat.jsonl'})\n"
+    saved = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))
+    assert saved == {"messages": [{"role": "user", "content": "say é"}, {"role": "assistant", "content": "hi"}]}
+
+
+def test_a_long_conversation_forgets_its_oldest_messages(turns: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = scripted(monkeypatch, turns, *["hi"] * 12)
+    for _ in range(12):
+        assert said(turns, "say hi") == "hi\n"
+    assert len(turns.messages) == 24
+    assert max(row.prompt_length for row in rows) <= turns.run.model.config.context // 2
+    spoken, tokenizer = turns.messages[:-1], turns.run.tokenizer
+    shorter = [answer_prompt(spoken[start:], tokenizer) for start in range(2, len(spoken), 2)]
+    assert rows[-1].ids[: rows[-1].prompt_length] in shorter
+
+
+@pytest.mark.parametrize(("environment", "faint"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_what_the_model_did_not_say_is_faint_where_colours_are_wanted(
+    environment: dict[str, str], faint: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NO_COLOR": "", "TERM": "xterm", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    chat._show(chat.Note("(now step 3)\n"))
+    chat._show("Once")
+    assert capsys.readouterr().out == ("\x1b[2m(now step 3)\n\x1b[0mOnce" if faint else "(now step 3)\nOnce")
 
 
 # ── a run that trains ──

@@ -259,13 +259,21 @@ class StopSearch:
 class Row:
     """One text in the making: its ids, its randomness, and the part of its text that is certain.
 
-    ``finish_reason`` "error" comes with a sentence in ``error``."""
+    It ends at the end-of-text token and at any of ``stop_ids``. ``finish_reason`` "error" comes with a sentence in
+    ``error``."""
 
-    def __init__(self, ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer, index: int = 0) -> None:
+    def __init__(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        index: int = 0,
+        stop_ids: Iterable[int] = (),
+    ) -> None:
         self.ids, self.params, self.prompt_length, self.index = list(ids), params, len(ids), index
         self.finish_reason: Literal["stop", "length", "error"] | None = None
         self.error = ""
-        self._eos = tokenizer.eos_id
+        self._ends = {tokenizer.eos_id, *stop_ids}
         self._random = random.Random(None if params.seed is None else f"{params.seed} {index}")
         self._decoder, self._stops = StreamDecoder(tokenizer), StopSearch(params.stop)
 
@@ -282,7 +290,7 @@ class Row:
         if id < 0:
             self.finish_reason, self.error = "error", NOT_FINITE
             return ""
-        if id == self._eos:
+        if id in self._ends:
             return self._end("stop")
         self.ids.append(id)
         text = self._stops.push(self._decoder.push(id))
@@ -435,7 +443,11 @@ class Generator:
     def stream(self, prompt: str, params: SamplingParams = SamplingParams()) -> Iterator[Chunk]:
         """The continuation in pieces of whole characters; joined they are the text of ``complete``. A piece that may
         be the beginning of a stop string is held back until that is decided."""
-        for token in self._run([self._row(prompt, params, 0)]):
+        yield from self.stream_row(self._row(prompt, params, 0))
+
+    def stream_row(self, row: Row) -> Iterator[Chunk]:
+        """The same for a row that is not a plain prompt."""
+        for token in self._run([row]):
             yield Chunk(token.text, len(token.row.ids) - token.row.prompt_length, _reason(token.row))
 
     def complete(self, prompt: str, params: SamplingParams = SamplingParams()) -> Completion:

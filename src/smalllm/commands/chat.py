@@ -1,7 +1,7 @@
 """`smalllm chat`: tell stories together with a model, also while it trains.
 
-The models here have no turns: you write a beginning, the model goes on. ChatSession holds the conversation and has no
-terminal in it; the rest of the file is the terminal.
+A model without turns goes on from where you stop; one with turn markers (conversation.py) answers. ChatSession holds the
+conversation and has no terminal in it; the rest of the file is the terminal.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,18 +21,21 @@ from cyclopts import Parameter
 
 from smalllm.checkpoint import LoadedRun, find_run, open_run
 from smalllm.config import UserError
-from smalllm.generation import Generator, SamplingParams
+from smalllm.conversation import Message, answer_prompt, has_turns, role_ids, stop_id
+from smalllm.generation import Generator, Row, SamplingParams
 from smalllm.hardware import pick_device
 from smalllm.terminal import plain
 
+STORY_HELP = "Type how a text begins and the model continues it; an empty line continues the last text.\n"
+TURNS_HELP = "Type something and the model answers; /new begins another conversation.\n"
 HELP = """\
-Type how a text begins and the model continues it; an empty line continues the last text.
   /temp 0.8     temperature: 0 most likely, 1 as learned     /topk 40     the 40 most likely tokens, or off
   /topp 0.95    the tokens with 95 % of the mass, or off     /minp 0.05   5 % of the most likely one, or off
   /penalty 1.1  make repetition less likely                  /ngram 4     never the same 4 tokens twice
   /tokens 200   the longest answer                           /seed 7      repeatable answers, or off
   /settings     what is set                                  /reload      load the newest checkpoint
-  /save FILE    write the texts of this chat to a file       /quit        end (also Ctrl-D); Ctrl-C stops an answer
+  /new          forget what was said                         /save FILE   write this chat to a file
+  /quit         end (also Ctrl-D); Ctrl-C stops an answer
 """
 SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "temp": ("temperature", float),
@@ -41,9 +47,13 @@ SETTINGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "tokens": ("max_tokens", int),
     "seed": ("seed", int),
 }
-COMMANDS = [*SETTINGS, "settings", "reload", "save", "help", "quit"]
+COMMANDS = [*SETTINGS, "settings", "reload", "new", "save", "help", "quit"]
 OFF = ("off", "none")
 DOCUMENT_END = "\n<|endoftext|>\n"  # what `smalllm prepare` reads as the end of a document
+
+
+class Note(str):
+    """Something that the chat says and the model did not."""
 
 
 class ChatSession:
@@ -58,6 +68,7 @@ class ChatSession:
     ) -> None:
         self.params, self.done = params, False
         self.texts: list[str] = []  # the last one is continued by an empty line
+        self.messages: list[Message] = []  # with a model that takes turns, in place of texts
         self.run, self._seen = run, run.step
         self._generator = Generator(run.model, run.tokenizer)
         self._open_newest, self._follow = open_newest, follow
@@ -68,15 +79,41 @@ class ChatSession:
         if line.startswith("/"):
             name, _, value = line[1:].partition(" ")
             yield from self._command(name, value.strip())
-        elif line or self.texts:
-            if line:
-                self.texts.append(line)
+        elif line or self.texts or self.messages:
             yield from self._follow_run() if self._follow else ()
-            yield from self._answer()
+            yield from self._reply(line) if has_turns(self.run.tokenizer) else self._continue(line)
         else:
-            yield "(type how a text begins; /help lists the commands)\n"
+            yield Note("(type something; /help lists the commands)\n")
 
     # answers
+
+    def _reply(self, line: str) -> Iterator[str]:
+        """The answer to a message, which stays in the conversation even if it is interrupted."""
+        if not line:
+            return
+        self.messages += [Message("user", line), Message("assistant", "")]
+        try:
+            for chunk in self._generator.stream_row(self._row()):
+                self.messages[-1] = Message("assistant", self.messages[-1].content + chunk.text)
+                yield chunk.text
+        except UserError as error:
+            yield Note(f"({error})")
+        yield "\n"
+
+    def _row(self) -> Row:
+        """The conversation as the model reads it; the oldest messages are left out when it grows beyond the context."""
+        tokenizer, said = self.run.tokenizer, self.messages[:-1]
+        while len(ids := answer_prompt(said, tokenizer)) > self.run.model.config.context // 2 and len(said) > 1:
+            said = said[2:]
+        nobody = {id: -math.inf for id in role_ids(tokenizer)}
+        params = dataclasses.replace(self.params, logit_bias=nobody)
+        stop = stop_id(tokenizer)
+        return Row(ids, params, tokenizer, stop_ids=() if stop is None else (stop,))
+
+    def _continue(self, line: str) -> Iterator[str]:
+        if line:
+            self.texts.append(line)
+        yield from self._answer()
 
     def _answer(self) -> Iterator[str]:
         """The continuation of the last text, which grows as it is shown, so that an interrupted answer stays."""
@@ -87,10 +124,10 @@ class ChatSession:
                 reason = chunk.finish_reason
                 yield chunk.text
         except UserError as error:
-            yield f"({error})"
+            yield Note(f"({error})")
         else:
             ended = reason == "stop" and self.texts[-1] == before
-            yield "(the text ends here; type another beginning)" if ended else ""
+            yield Note("(the text ends here; type another beginning)") if ended else ""
         yield "\n"
 
     # the run that is followed
@@ -107,9 +144,10 @@ class ChatSession:
             run = self._open_newest()
         except Exception as error:  # what a training run leaves on the disk must never end the chat
             self._seen = newest
-            yield f"(step {newest} cannot be loaded, still at step {self.run.step}: {error})\n"
+            yield Note(f"(step {newest} cannot be loaded, still at step {self.run.step}: {error})\n")
             return
-        yield f"(step {newest} is damaged; now step {run.step})\n" if run.step < newest else f"(now step {run.step})\n"
+        older = run.step < newest
+        yield Note(f"(step {newest} is damaged; now step {run.step})\n" if older else f"(now step {run.step})\n")
         self.run, self._seen = run, max(newest, run.step)
         self._generator = Generator(run.model, run.tokenizer)
 
@@ -118,22 +156,25 @@ class ChatSession:
     def _command(self, name: str, value: str) -> Iterator[str]:
         match name:
             case _ if name in SETTINGS:
-                yield self._set(name, value)
+                yield Note(self._set(name, value))
             case "settings":
-                yield from (self._setting(command) for command in SETTINGS)
-                yield f"step {self.run.step} of {self.run.folder.path}\n"
+                yield from (Note(self._setting(command)) for command in SETTINGS)
+                yield Note(f"step {self.run.step} of {self.run.folder.path}\n")
             case "reload":
                 yield from self._load(self.run.folder.newest_step())
+            case "new":
+                self.texts, self.messages = [], []
+                yield Note("(what was said is forgotten)\n")
             case "save":
-                yield self._save(value)
+                yield Note(self._save(value))
             case "help":
-                yield HELP
+                yield Note((TURNS_HELP if has_turns(self.run.tokenizer) else STORY_HELP) + HELP)
             case "quit" | "exit":
                 self.done = True
             case _:
                 close = difflib.get_close_matches(name, COMMANDS, n=1)
                 hint = f"did you mean /{close[0]}?" if close else "/help lists them"
-                yield f"(there is no command /{name}; {hint})\n"
+                yield Note(f"(there is no command /{name}; {hint})\n")
 
     def _set(self, name: str, value: str) -> str:
         field, parse = SETTINGS[name]
@@ -154,17 +195,23 @@ class ChatSession:
         return f"/{name:<8} {'off' if value is None else value}  ({field.replace('_', ' ')})\n"
 
     def _save(self, file: str) -> str:
-        """Write the texts of the chat to a new file, in the form that ``smalllm prepare`` reads."""
-        if not self.texts or not file:
+        """Write the texts of the chat to a new file, in the form that ``smalllm prepare`` reads; a conversation with turns
+        as a line of JSON, {"messages": [{"role", "content"}, ...]}."""
+        count = len(self.texts) or len(self.messages)
+        if not count or not file:
             return "(there is no text yet)\n" if file else "(write /save FILE, for example /save story.txt)\n"
+        saved = "".join(text + DOCUMENT_END for text in self.texts)
+        if self.messages:
+            saved += json.dumps({"messages": list(map(dataclasses.asdict, self.messages))}, ensure_ascii=False) + "\n"
         try:
             with open(Path(file).expanduser(), "x", encoding="utf-8", errors="replace") as target:
-                target.write("".join(text + DOCUMENT_END for text in self.texts))
+                target.write(saved)
         except FileExistsError:
             return f"({file} exists; choose another name)\n"
         except (OSError, ValueError, RuntimeError) as error:
             return f"(cannot write {file}: {getattr(error, 'strerror', None) or error})\n"
-        return f"(saved {len(self.texts)} text{'s' if len(self.texts) > 1 else ''} to {file})\n"
+        kind = "message" if self.messages else "text"
+        return f"(saved {count} {kind}{'s' if count > 1 else ''} to {file})\n"
 
 
 # ── the terminal ──
@@ -211,7 +258,8 @@ def chat(
     loaded = open_run(run, checkpoint, chosen)
     follow = checkpoint == "latest" and step is None
     session = ChatSession(loaded, lambda: open_run(folder.path, "latest", chosen), params, follow=follow)
-    _show(f"{folder.path}, step {loaded.step}. Type how a text begins; /help lists the commands.\n")
+    begin = "Type something" if has_turns(loaded.tokenizer) else "Type how a text begins"
+    _show(Note(f"{folder.path}, step {loaded.step}. {begin}; /help lists the commands.\n"))
     _converse(session)
 
 
@@ -226,10 +274,10 @@ def _converse(session: ChatSession) -> None:
         except EOFError:
             break
         except UnicodeDecodeError:
-            _show("(this line is not UTF-8 text)\n")
+            _show(Note("(this line is not UTF-8 text)\n"))
             continue
         except KeyboardInterrupt:
-            _show("\n(Ctrl-D or /quit ends the chat)\n")
+            _show(Note("\n(Ctrl-D or /quit ends the chat)\n"))
             continue
         _answer(session, line)
     _show("\n" if interactive and not session.done else "")
@@ -246,5 +294,12 @@ def _answer(session: ChatSession, line: str) -> None:
 
 
 def _show(text: str) -> None:
-    sys.stdout.write(plain(text))
+    """On a terminal with colours, what the model did not say is faint."""
+    faint = (
+        isinstance(text, Note)
+        and sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
+    )
+    sys.stdout.write(f"\x1b[2m{plain(text)}\x1b[0m" if faint else plain(text))
     sys.stdout.flush()
