@@ -66,9 +66,10 @@ export class Chart {
 
   #grid() {
     const { x, y, xShow, xTicks, yShow } = this.#data, [width] = this.#size, bottom = this.height - BOTTOM;
-    const rows = ticks(...y, this.height > 150 ? 7 : 4).flatMap((value) => [
+    const values = ticks(...y, this.height > 150 ? 7 : 4), names = sameDigits(values.map(yShow));
+    const rows = values.flatMap((value, index) => [
       shape("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: this.#y(value), y2: this.#y(value) }),
-      text(LEFT - 8, this.#y(value) + 4, "end", yShow(value)),
+      text(LEFT - 8, this.#y(value) + 4, "end", names[index]),
     ]);
     const columns = xTicks(...x, Math.max(2, Math.floor((width - LEFT) / 110))).map((value) => text(this.#x(value), bottom + 18, "middle", xShow(value)));
     return [...rows, ...columns];
@@ -139,6 +140,12 @@ export function ticks(from, to, count, steps = null) {
   const values = [];
   for (let value = Math.ceil(from / step - 1e-9) * step; value <= to + 1e-9 * step; value += step) values.push(Math.abs(value) < 1e-12 ? 0 : value);
   return values;
+}
+
+/** ["0.2", "0.25", "1 k"] -> ["0.20", "0.25", "1 k"] */
+function sameDigits(names) {
+  const digits = Math.max(...names.map((name) => /^\d+\.(\d+)$/.exec(name)?.[1].length ?? 0));
+  return names.map((name) => (/^\d+(\.\d+)?$/.test(name) && Number(name) !== 0 ? Number(name).toFixed(digits) : name));
 }
 
 /** Not more points than pixels can show: of each pixel the least and the greatest, in their order. */

@@ -130,9 +130,8 @@ function append(telling, tokens) {
   if (!tokens.length) return;
   const follow = atEnd();
   pace.add(tokens.length);
-  const spans = tokens.map((token, index) => span(token, telling.tokens.length + index)).filter(Boolean);
+  tale.append(...tokens.flatMap((token, index) => nodes(token, telling.tokens.length + index)));
   telling.tokens.push(...tokens);
-  tale.append(...spans);
   if (!tale.querySelector("[tabindex='0']")) reach(tale.querySelector(".token"));
   spoken += tokens.map((token) => token.text).join("");
   speak(false);
@@ -160,9 +159,8 @@ function speak(everything) {
 function show(telling) {
   current = telling;
   alternatives.close();
-  const spans = telling.tokens.map(span).filter(Boolean);
-  tale.replaceChildren(element("span", { class: "prompt" }, telling.prompt), ...spans);
-  reach(spans[0]);
+  tale.replaceChildren(element("span", { class: "prompt" }, telling.prompt), ...telling.tokens.flatMap(nodes));
+  reach(tale.querySelector(".token"));
   showState();
 }
 
@@ -220,11 +218,13 @@ function figures() {
   line.replaceChildren(parts.join(" · "), " · ", again, ...newer);
 }
 
-function span(token, index) {
-  if (token.text === "") return null; // part of a character that a later token completes
-  const node = element("span", { class: `token sure-${certainty(token.probability)}${token.mine ? " mine" : ""}` }, token.text);
-  node.dataset.index = index;
-  return node;
+/** A piece as a span, the space before its word beside it: tints and marks look right at the ends of lines. */
+function nodes(token, index) {
+  if (token.text === "") return []; // part of a character that a later token completes
+  const [space] = token.text.match(/^\s+(?=\S)/) ?? [""];
+  const span = element("span", { class: `token sure-${certainty(token.probability)}${token.mine ? " mine" : ""}` }, token.text.slice(space.length));
+  span.dataset.index = index;
+  return space ? [space, span] : [span];
 }
 
 /** 0 (more than 90 %) to 4 (less than 10 %) */
