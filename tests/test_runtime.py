@@ -36,6 +36,19 @@ def test_the_cpu_is_right_and_described():
     assert hardware.peak_flops(CPU, torch.float32, 128) > 1e8
 
 
+def test_other_work_on_the_machine_does_not_decide_the_precision(monkeypatch: pytest.MonkeyPatch):
+    """Six of seven products take ten times as long."""
+    clock, calls = [0.0], [0]
+
+    def mm(a: torch.Tensor, b: torch.Tensor) -> None:
+        calls[0] += 1
+        clock[0] += (1.0 if a.dtype == torch.bfloat16 else 2.0) * (10.0 if calls[0] % 7 else 1.0)
+
+    monkeypatch.setattr(hardware.torch, "mm", mm)
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: clock[0])
+    assert hardware._speedup(torch.bfloat16, 8) == pytest.approx(2.0)
+
+
 def test_a_device_that_computes_nonsense_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda t, shape: t * 0.0)
     original = torch.Tensor.softmax
