@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -9,14 +11,19 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from smalllm import hardware
+from smalllm.checkpoint import LoadedRun, open_run
 from smalllm.config import RunConfig, UserError, load_recipe
+from smalllm.evaluation import bits_per_byte
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+sys.path.insert(0, str(SCRIPTS[0].parent))  # as Python itself does for a script: what they share is found beside them
 TINY = """
 [model]
 layers = 1
@@ -207,3 +214,177 @@ def test_nanogpt_needs_its_folder(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as ended:
         load("train_throughput").main(["--contenders", "nanogpt-fp32"])
     assert ended.value.code == 2 and "--nanogpt FOLDER" in capsys.readouterr().err
+
+
+# ── decode.py and serve.py ──
+
+FAMILIES = {
+    "llama": {"activation": "swiglu", "norm": "rmsnorm", "bias": False},
+    "qwen3": {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "qk_norm": True, "tie_embeddings": False},
+    "starcoder2": {"bias": False},
+}
+SMALL = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "mlp_width": 96, "context": 64, "vocab_size": 400}
+
+
+@pytest.fixture
+def random_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``random_run("llama")``: a run with random weights, made as the scripts make theirs."""
+    models = importlib.import_module("peers.models")
+
+    def make(family: str) -> LoadedRun:
+        monkeypatch.setitem(models.SHAPES, "small", {**SMALL, **FAMILIES[family]})
+        return open_run(models.random_run("small", tmp_path / "run"))
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_has_our_weights(random_run, family: str):
+    models, run = importlib.import_module("peers.models"), random_run(family)
+    assert run.model.config.architecture == family
+    ids = torch.tensor(models.prompts(run.tokenizer, 3))
+    with torch.inference_mode():
+        difference = models.transformers_model(run.model)(ids).logits - run.model(ids)
+    assert ids.shape == (3, models.PROMPT_TOKENS) and difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_holds_our_weights(random_run, family: str, tmp_path: Path):
+    gguf, writer = importlib.import_module("gguf"), importlib.import_module("peers.gguf_file")
+    models, run = importlib.import_module("peers.models"), random_run(family)
+    for precision, error in (("f32", 0.0), ("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 1e-2)):
+        read = gguf.GGUFReader(writer.write_gguf(tmp_path / precision, run.model, run.tokenizer, precision))
+        stored = {one.name: gguf.quants.dequantize(one.data, one.tensor_type) for one in read.tensors}
+        wanted = writer.gguf_tensors(run.model)
+        assert stored.keys() == wanted.keys() and ("output.weight" in stored) != run.model.config.tie_embeddings
+        for name, tensor in wanted.items():
+            assert np.abs(stored[name] - tensor.numpy()).max() <= error, name
+    fields = {name: field.contents() for name, field in read.fields.items()}
+    assert fields["general.architecture"] == family and fields[f"{family}.attention.head_count_kv"] == 2
+    assert fields["tokenizer.ggml.tokens"] == [run.tokenizer.piece(id) for id in range(400)]
+    assert fields["tokenizer.ggml.token_type"][:3] == [2, 3, 3] and fields["tokenizer.ggml.eos_token_id"] == 2
+    assert models.forbidden(run.tokenizer) == [0, 1, 2]
+
+
+def test_rope_pairs_become_neighbours():
+    rows = torch.arange(8.0)[:, None]  # two heads of four
+    assert importlib.import_module("peers.gguf_file").pairs_of(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_decoders_race_and_are_judged(random_run, tmp_path: Path, capsys: pytest.CaptureFixture, native: None):
+    run = random_run("llama")
+    names = ["smalllm-fp32", "transformers-fp32"]
+    asked = ["--shape", "small", "--contenders", *names, "--rows", "1", "3", "--tokens", "8", "--repeats", "2"]
+    assert load("decode").main([*asked, "--no-first-token", "--json", str(tmp_path / "d.json")]) == 0
+    told = capsys.readouterr().out
+    results = json.loads((tmp_path / "d.json").read_text())["results"]
+    assert "(llama), 2 layers x 64, vocabulary 400, context 64; 8 tokens" in told
+    assert [(one["contender"], one["rows"]) for one in results] == [(name, rows) for rows in (1, 3) for name in names]
+    for one in results:
+        assert one["off_by"] < 1e-3 and len(one["rates"]) == 2 and one["slowest"] <= one["tokens_per_second"]
+    assert results[0]["relative"] == 1.0 and run.model.config.layers == 2
+
+
+def test_a_wrong_answer_is_seen(random_run):
+    models, run = importlib.import_module("peers.models"), random_run("llama")
+    (prompt,) = models.prompts(run.tokenizer, 1)
+    logits = run.model(torch.tensor([prompt]))[0, -1].detach()
+    logits[models.forbidden(run.tokenizer)] = -torch.inf
+    best, *_, worst = logits.argsort(descending=True)[:397].tolist()
+    assert models.regret(run, prompt, [best]) == 0.0
+    assert models.regret(run, prompt, [worst]) == pytest.approx(float(logits[best] - logits[worst]))
+
+
+def test_what_smaller_weights_cost(random_run, native: None):
+    decode, run = load("decode"), random_run("llama")
+    texts = ["Once there was a boy. " * 20, "The end."]
+    costs = decode.weight_costs(run, texts)
+    assert costs["fp32"]["bits_per_byte"] == pytest.approx(
+        bits_per_byte(run.model, run.tokenizer, texts).bits_per_byte, rel=1e-5
+    )
+    assert costs["fp32"]["difference"] == 0.0 < abs(costs["int8"]["difference"]) < 0.1
+    assert "| bf16 |" in decode.weight_costs_table(costs, 2)
+
+
+def test_the_first_token_is_timed_as_whole_processes(random_run):
+    decode, run = load("decode"), random_run("llama")
+    seconds = decode.first_token(run, 1, 1)
+    assert all(len(own) == 1 and own[0] > 0.1 for own in seconds.values())
+    assert "| difference |" in decode.first_token_table(seconds)
+
+
+def test_a_contender_that_ends_says_why():
+    race = importlib.import_module("peers.race")
+    with pytest.raises(UserError, match="odd failed: too bad"):
+        race.Racer("odd", [sys.executable, "-c", "import sys; sys.exit('too bad')"], 1)
+
+
+STREAM = b'data: {"choices": [{"text": "a"}]}\n\ndata: {"usage": {"prompt_tokens": 3, "completion_tokens": 7}}\n\n'
+
+
+async def answered(answer: bytes) -> Any:
+    """What the client makes of this answer."""
+    client = importlib.import_module("peers.client")
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"POST /v1/completions HTTP/1.1") and b"Content-Length: 15" in head
+        writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        return await client.ask(f"http://127.0.0.1:{port}", "/v1/completions", {"prompt": "a"})
+
+
+@pytest.mark.parametrize(
+    "head, body, expected",
+    [
+        ("200 OK\r\nContent-Type: text/event-stream", STREAM + b"data: [DONE]\n\n", (200, 7, True, False)),
+        ("200 OK\r\nContent-Type: text/event-stream", STREAM + b"data: [DONE]\n\n\r\n0\r\n\r\n", (200, 7, True, False)),
+        ("200 OK\r\nContent-Type: text/event-stream", STREAM, (200, 7, False, False)),
+        ("200 OK", b'{"usage":{"completion_tokens":5,"total_tokens":9}}', (200, 5, True, False)),
+        ("503 Busy\r\nRetry-After: 1", b'{"error": {}}', (503, 0, False, True)),
+    ],
+)
+def test_the_client_sees_how_an_answer_ended(head: str, body: bytes, expected: tuple):
+    found = asyncio.run(answered(f"HTTP/1.1 {head}\r\n\r\n".encode() + body))
+    assert (found.status, found.tokens, found.whole, found.retry_after) == expected
+
+
+def test_the_client_sees_a_broken_connection():
+    found = asyncio.run(answered(b""))
+    assert found.status == 0 and not found.whole
+
+
+def test_a_crowd_is_judged():
+    whole = {"status": 200, "whole": True, "retry_after": False}
+    told = {"status": 503, "whole": False, "retry_after": True}
+    silent = {"status": 503, "whole": False, "retry_after": False}
+    figures = load("serve").judged({"seconds": 2.0, "answers": [whole, whole, told, silent]})
+    assert figures == {"whole": 2, "told to come again": 1, "otherwise": 1, "seconds": 2.0}
+
+
+def test_our_server_is_measured(random_run, tmp_path: Path, capsys: pytest.CaptureFixture, native: None):
+    random_run("llama")
+    asked = [
+        "--shape",
+        "small",
+        "--contenders",
+        "smalllm",
+        "--slots",
+        "3",
+        "--tokens",
+        "8",
+        "--repeats",
+        "1",
+        "--crowd",
+        "9",
+    ]
+    files = ["--json", str(tmp_path / "s.json")]
+    assert load("serve").main([*asked, *files, "--firsts", "2", "--crowd-tokens", "4"]) == 0
+    told, figures = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
+    assert "| smalllm | streamed |" in told and len(figures["first"]["smalllm"]) == 2
+    assert figures["crowd"]["smalllm"]["whole"] == 9 and figures["leave"]["smalllm"][0] < 5.0
+    assert figures["crowd"]["smalllm"]["peak"] >= figures["crowd"]["smalllm"]["before"] > 1e7
