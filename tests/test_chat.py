@@ -19,7 +19,7 @@ from smalllm.checkpoint import open_run
 from smalllm.commands import chat
 from smalllm.commands.chat import ChatSession
 from smalllm.config import RunConfig, UserError
-from smalllm.conversation import CONTROL, Message, answer_prompt, role_ids, stop_id
+from smalllm.conversation import CONTROL, Message, answer_prompt, role_ids, stop_ids
 from smalllm.generation import Generator, Row, SamplingParams
 from smalllm.native.decode import Choice
 from smalllm.tokenizer import Tokenizer
@@ -105,12 +105,12 @@ def turns(session: ChatSession, folder: Path) -> ChatSession:
 def scripted(monkeypatch: pytest.MonkeyPatch, session: ChatSession, *answers: str) -> list[Row]:
     """The model says these answers, each with the end of its turn; returns the rows that it read."""
     tokenizer, rows = session.run.tokenizer, []
-    ids = iter([id for answer in answers for id in (*tokenizer.encode(answer), stop_id(tokenizer))])
+    ids = iter([id for answer in answers for id in (*tokenizer.encode(answer), *stop_ids(tokenizer))])
 
     def choose(logits: Any, some: list[Row], forbidden: Any) -> list[Choice]:
         if not some[0].generated:
             rows.append(some[0])
-        return [Choice(next(ids) or 0)]
+        return [Choice(next(ids))]
 
     monkeypatch.setattr(generation, "choose", choose)
     return rows

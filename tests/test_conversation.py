@@ -16,7 +16,7 @@ from smalllm.conversation import (
     has_turns,
     render,
     role_ids,
-    stop_id,
+    stop_ids,
     story_so_far,
 )
 from smalllm.tokenizer import BOS, EOS, UNK, Tokenizer
@@ -37,12 +37,12 @@ def marker(piece: str) -> int:
 def test_markers_are_control_pieces_after_the_special_ones():
     assert [TURNS.piece(id) for id in (UNK, BOS, EOS)] == ["<unk>", "<s>", "</s>"]
     assert sorted(map(marker, CONTROL)) == [3, 4, 5, 6]
-    assert has_turns(TURNS) and stop_id(TURNS) == marker(END)
+    assert has_turns(TURNS) and stop_ids(TURNS) == [marker(END)]
     assert sorted(role_ids(TURNS)) == sorted(marker(piece) for piece in MARKERS.values())
 
 
 def test_a_plain_tokenizer_has_no_turns():
-    assert not has_turns(PLAIN) and stop_id(PLAIN) is None and role_ids(PLAIN) == []
+    assert not has_turns(PLAIN) and stop_ids(PLAIN) == [] and role_ids(PLAIN) == []
     with pytest.raises(UserError, match=r"no turn marker <\|user\|>"):
         render([Message("user", "hi")], PLAIN)
 

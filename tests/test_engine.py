@@ -167,13 +167,13 @@ def test_a_stop_id_ends_a_text_with_what_was_held_back(models):
     said = Generator(served.run.model, served.tokenizer).complete("Once", params())
     last = said.ids[6]
     first = said.ids.index(last)
-    before = served.tokenizer.decode(said.ids[: first + 1])
+    before = served.tokenizer.decode(said.ids[:first])
 
     async def main() -> None:
         async with running() as engine:
             sampling = params(stop=(before[-1:] + "\0never",))  # holds the last character back
-            text, end = await finished(submit(engine, served, sampling, stop_id=last, stream=True))
-            assert (text, end.reason, end.tokens) == (before, "stop", first + 1)
+            text, end = await finished(submit(engine, served, sampling, stop_ids=[last], stream=True))
+            assert (text, end.reason, end.tokens) == (before, "stop", first)
             await until(lambda: idle(engine))
 
     asyncio.run(main())

@@ -35,9 +35,9 @@ def has_turns(tokenizer: Tokenizer) -> bool:
     return all(tokenizer.control_id(piece) is not None for piece in CONTROL)
 
 
-def stop_id(tokenizer: Tokenizer) -> int | None:
-    """The id that ends a turn; None without turns, where a text ends at the end of text."""
-    return tokenizer.control_id(END) if has_turns(tokenizer) else None
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The id that ends a turn; none without turns, where a text ends at the end of text."""
+    return [_marker(END, tokenizer)] if has_turns(tokenizer) else []
 
 
 def role_ids(tokenizer: Tokenizer) -> list[int]:

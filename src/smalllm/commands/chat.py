@@ -21,7 +21,7 @@ from cyclopts import Parameter
 
 from smalllm.checkpoint import LoadedRun, find_run, open_run
 from smalllm.config import UserError
-from smalllm.conversation import Message, answer_prompt, has_turns, role_ids, stop_id
+from smalllm.conversation import Message, answer_prompt, has_turns, role_ids, stop_ids
 from smalllm.generation import Generator, Row, SamplingParams
 from smalllm.hardware import pick_device
 from smalllm.terminal import plain
@@ -107,8 +107,7 @@ class ChatSession:
             said = said[2:]
         nobody = {id: -math.inf for id in role_ids(tokenizer)}
         params = dataclasses.replace(self.params, logit_bias=nobody)
-        stop = stop_id(tokenizer)
-        return Row(ids, params, tokenizer, stop_ids=() if stop is None else (stop,))
+        return Row(ids, params, tokenizer, stop_ids=stop_ids(tokenizer))
 
     def _continue(self, line: str) -> Iterator[str]:
         if line:

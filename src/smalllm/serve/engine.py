@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from smalllm.generation import Row, SamplingParams, Token
@@ -50,10 +50,8 @@ class End:
 class Job:
     """A request in the engine. Made by ``Engine.submit``; its methods are for the event loop alone."""
 
-    def __init__(
-        self, engine: Engine, client: str, served: Served, rows: Sequence[Row], stop_id: int | None, stream: bool
-    ) -> None:
-        self.client, self.served, self.stop_id = client, served, stop_id
+    def __init__(self, engine: Engine, client: str, served: Served, rows: Sequence[Row], stream: bool) -> None:
+        self.client, self.served = client, served
         self.began = time.monotonic()
         self.waiting = deque(rows)  # rows without a slot; the engine's, under its lock
         self.open = len(rows)  # choices whose end the engine has not seen; the engine's
@@ -125,11 +123,11 @@ class Engine:
 
     def submit(
         self, client: str, served: Served, ids: Sequence[int], params: SamplingParams, *,
-        choices: int = 1, stop_id: int | None = None, stream: bool = False,
+        choices: int = 1, stop_ids: Iterable[int] = (), stream: bool = False,
     ) -> Job:  # fmt: skip
         """Continue a prompt ``choices`` times. Busy when the queue is full, Closing at the end."""
-        rows = [Row(list(ids), params, served.tokenizer, index) for index in range(choices)]
-        job = Job(self, client, served, rows, stop_id, stream)
+        rows = [Row(ids, params, served.tokenizer, index, stop_ids) for index in range(choices)]
+        job = Job(self, client, served, rows, stream)
         with self._lock:
             if self._closing or not self._thread.is_alive():
                 raise Closing
@@ -323,11 +321,6 @@ class Engine:
                 self.meters.first_token.observe(time.monotonic() - job.began)
             if row.finish_reason is not None:
                 self._end(row, row.finish_reason, row.error)
-            elif token.id == job.stop_id:
-                served.batch.remove(row)
-                end = served.tokenizer.eos_id
-                outbox.append((job, Token(row, end, row.push(end))))  # what a stop string held back
-                self._end(row, row.finish_reason or "stop")
 
     def _fail(self, served: Served) -> None:
         """End the rows of a batch whose step raised, and begin another batch."""

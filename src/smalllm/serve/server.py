@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from smalllm.checkpoint import DamagedCheckpoint
 from smalllm.config import UserError
-from smalllm.conversation import answer_prompt, stop_id, story_so_far
+from smalllm.conversation import answer_prompt, stop_ids, story_so_far
 from smalllm.generation import SamplingParams, Token
 from smalllm.serve import protocol
 from smalllm.serve.engine import DEADLINE_SECONDS, QUEUE, Busy, Closing, End, Engine, Job, reserve
@@ -90,7 +90,7 @@ class Work:
     params: SamplingParams
     answer: Answer
     stream: bool
-    stop_id: int | None
+    stop_ids: Sequence[int]
 
 
 class Routes:
@@ -192,7 +192,7 @@ class Routes:
         try:
             return self._engine.submit(
                 client, work.served, work.ids, work.params,
-                choices=work.answer.request.choices, stop_id=work.stop_id, stream=work.stream,
+                choices=work.answer.request.choices, stop_ids=work.stop_ids, stream=work.stream,
             )  # fmt: skip
         except Busy:
             raise Refusal(
@@ -213,7 +213,7 @@ class Routes:
             prompt = tokenizer.decode(ids) if request.echo else ""
         params = request.params(len(ids), served.context, tokenizer)
         answer = CompletionAnswer(request, served.name, len(ids), tokenizer, prompt)
-        return Work(served, ids, params, answer, bool(request.stream), stop_id(tokenizer))
+        return Work(served, ids, params, answer, bool(request.stream), stop_ids(tokenizer))
 
     @staticmethod
     def _understand_chat(request: ChatRequest, served: Served) -> Work:
@@ -222,7 +222,7 @@ class Routes:
         ids = answer_prompt(messages, served.tokenizer)
         params = request.params(len(ids), served.context, served.tokenizer)
         answer = ChatAnswer(request, served.name, len(ids), served.tokenizer)
-        return Work(served, ids, params, answer, bool(request.stream), stop_id(served.tokenizer))
+        return Work(served, ids, params, answer, bool(request.stream), stop_ids(served.tokenizer))
 
 
 def _check_length(text: str, served: Served, param: str) -> None:
