@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from test_server import serving
 
 from smalllm.cli import VERBS, build_app, run
 from smalllm.config import load_recipe, recipe_names
@@ -182,11 +183,12 @@ def test_tutorial_runs_from_the_first_command_to_the_last(tmp_path, monkeypatch,
         assert code == 0, f"smalllm {shlex.join(words)}\n{told.out}\n{told.err}"
         assert told.out.strip(), f"smalllm {shlex.join(words)} says nothing"
     _check_tree(tmp_path)
-    for page in (ROOT / "docs").glob("*.md"):
-        for number, block in enumerate(_python_blocks(page)):
-            script = tmp_path / f"{page.stem}{number}.py"
-            script.write_text(block, encoding="utf-8")
-            runpy.run_path(str(script))
+    with serving(tmp_path / "runs" / "quickstart") as service:
+        for page in (ROOT / "docs").glob("*.md"):
+            for number, block in enumerate(_python_blocks(page)):
+                script = tmp_path / f"{page.stem}{number}.py"
+                script.write_text(block.replace("http://127.0.0.1:8000", service.url), encoding="utf-8")
+                runpy.run_path(str(script))
 
 
 def _python_blocks(page: Path) -> list[str]:

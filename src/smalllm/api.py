@@ -82,7 +82,10 @@ class StoryTeller:
         return opening + max(told, key=lambda story: _faithfulness(story, words)).text
 
 
-_SMALL_WORDS = frozenset("a an and at by for from in is of on or the to was were who with named called little".split())
+_SMALL_WORDS = {
+    "a", "an", "and", "at", "by", "called", "for", "from", "in", "is", "little", "named", "of", "on", "or", "the", "to", "was",
+    "were", "who", "with",
+}  # fmt: skip
 
 
 def _words(text: str) -> list[str]:
