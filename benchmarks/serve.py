@@ -38,6 +38,8 @@ from smalllm.config import UserError
 PEERS = ("llama.cpp-q8_0", "llama.cpp-f16")
 NATIVE = ("llama-server-q8_0", "llama-server-f16")
 PARTS = ("together", "first", "crowd", "leave")
+WARM_UP = 3
+"""Requests before the time to the first token is taken."""
 Bodies = list[dict[str, Any]]
 
 
@@ -46,22 +48,23 @@ class Bench:
 
     def __init__(self, run: LoadedRun, servers: Sequence[Server], client: Racer, options: argparse.Namespace) -> None:
         self.servers, self.client, self.options = servers, client, options
-        self.texts = [run.tokenizer.decode(ids[1:]) for ids in prompts(run.tokenizer, options.slots)]
+        count = max(options.slots, options.firsts + WARM_UP)
+        self.texts = [run.tokenizer.decode(ids[1:]) for ids in prompts(run.tokenizer, count)]
         self.eos, self.context = run.tokenizer.eos_id, run.model.config.context
 
-    def bodies(self, server: Server, count: int, tokens: int, stream: bool) -> Bodies:
-        """So many requests; each server rules the end of text out in its own way."""
+    def bodies(self, server: Server, count: int, tokens: int, stream: bool, start: int = 0) -> Bodies:
+        """So many requests, for texts from ``start`` on; each server rules the end of text out in its own way."""
         own: dict[str, Any] = (
             {"logit_bias": {str(self.eos): -100}} if server.name == "smalllm" else {"ignore_eos": True}
         )
         if stream:
             own |= {"stream": True, "stream_options": {"include_usage": True}}
-        texts = (self.texts[index % len(self.texts)] for index in range(count))
+        texts = (self.texts[index % len(self.texts)] for index in range(start, start + count))
         return [{"prompt": text, "max_tokens": tokens, "temperature": 0, **own} for text in texts]
 
-    def together(self, server: Server, count: int, tokens: int, stream: bool) -> dict[str, Any]:
+    def together(self, server: Server, count: int, tokens: int, stream: bool, start: int = 0) -> dict[str, Any]:
         """All at once; UserError unless every answer is whole and has so many tokens."""
-        found = self.ask(server, count, tokens, stream)
+        found = self.ask(server, count, tokens, stream, start)
         odd = [one for one in found["answers"] if not one["whole"] or one["tokens"] != tokens]
         if odd:
             raise UserError(
@@ -69,9 +72,9 @@ class Bench:
             )
         return found
 
-    def ask(self, server: Server, count: int, tokens: int, stream: bool) -> dict[str, Any]:
+    def ask(self, server: Server, count: int, tokens: int, stream: bool, start: int = 0) -> dict[str, Any]:
         """All at once, however it ends."""
-        bodies = self.bodies(server, count, tokens, stream)
+        bodies = self.bodies(server, count, tokens, stream, start)
         return self.client.ask({"verb": "together", "address": server.address, "bodies": bodies})
 
     def turns(self, number: int) -> list[Server]:
@@ -106,12 +109,12 @@ def together(bench: Bench) -> dict[str, Any]:
 
 
 def first(bench: Bench) -> dict[str, Any]:
-    """Seconds until the first event, one request at a time."""
+    """Seconds until the first event, one request at a time, each with a prompt that the server has not seen."""
     seconds: dict[str, list[float]] = {server.name: [] for server in bench.servers}
-    for number in range(bench.options.firsts + 3):
+    for number in range(bench.options.firsts + WARM_UP):
         for server in bench.turns(number):
-            (answer,) = bench.together(server, 1, 8, stream=True)["answers"]
-            if number >= 3:
+            (answer,) = bench.together(server, 1, 8, stream=True, start=number)["answers"]
+            if number >= WARM_UP:
                 seconds[server.name].append(answer["first"])
     print_table(
         ["who", "first token: p50", "p95", "of"],
@@ -137,7 +140,7 @@ def crowd(bench: Bench) -> dict[str, Any]:
             asked = bench.ask(server, bench.options.crowd, bench.options.crowd_tokens, stream=True)
         bench.together(server, 1, 8, stream=True)  # it lives
         found[server.name] = {**judged(asked), "before": before, "peak": max(readings), "after": server.memory()}
-    columns = ["whole", "told to come again", "otherwise", "seconds"]
+    columns = ["whole", "told to come again", "within seconds", "otherwise", "seconds in all"]
     print_table(
         ["who", f"{bench.options.crowd:,} streams: whole", *columns[1:], "memory before", "peak", "after"],
         [
@@ -149,12 +152,15 @@ def crowd(bench: Bench) -> dict[str, Any]:
 
 
 def judged(asked: dict[str, Any]) -> dict[str, float]:
-    """How many answers were whole, 503 with Retry-After, and otherwise."""
+    """How many answers were whole, 503 with Retry-After (the last of them after so many seconds), and otherwise."""
     answers = asked["answers"]
-    whole = sum(one["whole"] for one in answers)
-    again = sum(one["status"] == 503 and one["retry_after"] for one in answers)
-    otherwise = len(answers) - whole - again
-    return {"whole": whole, "told to come again": again, "otherwise": otherwise, "seconds": asked["seconds"]}
+    whole = [one for one in answers if one["whole"]]
+    again = [one for one in answers if one["status"] == 503 and one["retry_after"]]
+    return {
+        "whole": len(whole), "told to come again": len(again),
+        "within seconds": max((one["seconds"] for one in again), default=0.0),
+        "otherwise": len(answers) - len(whole) - len(again), "seconds in all": asked["seconds"],
+    }  # fmt: skip
 
 
 def megabytes(*sizes: int) -> list[str]:
