@@ -20,7 +20,7 @@ ORDER = [
     "data.shards", "data.storyworld", "data.sources", "data.prepare", "data.batches",
     "decoder", "generation", "evaluation", "preflight",
     "training.schedule", "training.optimizer", "training.objectives", "training.trainer",
-    "export.destination", "export.card", "export.names",
+    "export.destination", "export.card", "export.names", "export.pieces",
     "plots", "api",
     "serve.protocol", "serve.meters", "serve.models", "serve.engine", "serve.report", "serve.guard", "serve.server",
     "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.plot", "commands.bench", "commands.doctor",
