@@ -54,7 +54,7 @@ def train(
     json_output
         Print one JSON object to standard output, everything else to standard error.
     """
-    build.begin("kernels")  # while torch is imported and data is prepared
+    build.begin("kernels", "decode")  # while torch is imported and data is prepared
     from smalllm.training.trainer import train as train_run
 
     config = settings(words, data, minutes)

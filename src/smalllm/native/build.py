@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -34,13 +35,13 @@ class Unavailable(RuntimeError):
     """There is no native code here; the message says why."""
 
 
-_lock = threading.Lock()
+_locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 def load(name: str) -> ctypes.CDLL:
     """The library of ``native/<name>.cpp``; Unavailable when it cannot be built here. Several threads may ask at once, and
     several processes: each of those builds to a file of its own, and the last rename wins."""
-    with _lock:
+    with _locks[name]:
         return _load(name)
 
 
@@ -63,14 +64,15 @@ def _load(name: str) -> ctypes.CDLL:
         raise Unavailable(f"{path} could not build {name}.cpp: {_reason(error)}") from None
 
 
-def begin(name: str) -> None:
-    """Build a library beside other work, so that a later ``load`` finds it."""
+def begin(*names: str) -> None:
+    """Build libraries beside other work, one after another, so that a later ``load`` finds them."""
 
     def quietly() -> None:
-        with contextlib.suppress(Unavailable):
-            load(name)
+        for name in names:
+            with contextlib.suppress(Unavailable):
+                load(name)
 
-    threading.Thread(target=quietly, name=f"build {name}", daemon=True).start()
+    threading.Thread(target=quietly, name=f"build {' '.join(names)}", daemon=True).start()
 
 
 def compiler() -> str | None:
