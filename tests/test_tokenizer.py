@@ -336,6 +336,26 @@ def test_no_training_text_is_dropped():
         assert len(tokenizer.encode(" elephant")) <= 3, spoiler[:9]
 
 
+def test_rare_ascii_has_pieces_and_rare_characters_of_other_scripts_have_bytes():
+    """All of them together are 0.05 % of the text, which SentencePiece alone would leave to bytes."""
+    text = "the cat sat on the mat\n" * 3000 + "Can J. Zoë ask 7 cats, #1-9? 日é\n"
+    tokenizer = Tokenizer.train([text], 300)
+    for character in "CJZ7#19-?.,":
+        assert len(tokenizer.encode(character)) == 1 and not is_byte(tokenizer, character), character
+    assert all(is_byte(tokenizer, character) for character in "ëé日B!")
+
+
+def test_training_on_many_scripts_needs_no_piece_for_every_character():
+    hanzi = "".join(map(chr, range(0x4E00, 0x5200)))
+    tokenizer = Tokenizer.train(["the cat sat on the mat\n"] * 200_000 + ["is it?\n"] * 100 + [hanzi], 290)
+    assert not is_byte(tokenizer, "?") and is_byte(tokenizer, hanzi[-1])
+    assert tokenizer.decode(tokenizer.encode(hanzi)) == hanzi
+
+
+def is_byte(tokenizer: Tokenizer, character: str) -> bool:
+    return tokenizer.piece(tokenizer.encode(character)[0]).startswith("<0x")
+
+
 def test_training_is_silent():
     code = "from smalllm.tokenizer import Tokenizer; Tokenizer.train(['hello there'] * 9, 270)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

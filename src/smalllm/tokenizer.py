@@ -90,7 +90,7 @@ class Tokenizer:
                 f"vocab_size={vocab_size} is not possible: choose from {fixed + 1} to {MAX_PIECES} "
                 "(256 bytes, 3 special pieces and the characters of the text)"
             )
-        model = io.BytesIO()
+        texts, model = list(texts), io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_sentences(texts),
@@ -104,7 +104,7 @@ class Tokenizer:
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
                 split_digits=True,
-                required_chars=f"\n{SPACE_MARK}",  # without a piece for it, a space would come back as U+2581
+                required_chars=f"\n{SPACE_MARK}{_rare_ascii(texts)}",  # without its piece, a space would come back as U+2581
                 unk_id=UNK,
                 bos_id=BOS,
                 eos_id=EOS,
@@ -407,6 +407,18 @@ def _cut_before_spaces(text: str, limit: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _rare_ascii(texts: Iterable[str]) -> str:
+    """The visible ASCII characters that are each 0.001 % to 0.1 % of the texts, such as "?" and "J" in stories.
+
+    SentencePiece spells the rarest 0.05 % of a text's characters in bytes, which suits thousands of rare Chinese ones. What
+    it is told to keep counts towards the other 99.95 %, so that frequent characters must not be among it."""
+    counts = np.zeros(256, np.int64)
+    for text in texts:
+        counts += np.bincount(np.frombuffer(text.encode("utf-8", "replace"), np.uint8), minlength=256)
+    characters = counts.sum() - counts[0x80:0xC0].sum()  # bytes that continue a character begin none
+    return "".join(chr(code) for code in range(0x21, 0x7F) if characters < 1e5 * counts[code] < 100 * characters)
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
