@@ -288,8 +288,9 @@ def read(path: Path) -> tuple[GPT, Tokenizer]:
         payload = base64.b64decode(_block(text, "text/plain", "model").rstrip("\n"), validate=True)
         config = ModelConfig(**about["model"])
         sections = _sections_of(about, config, payload)
-    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
-        raise UserError(f"{path} is not a whole page of this version ({str(error)[:80]}); export it again") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)[:80]
+        raise UserError(f"{path} is not a whole page of this version ({told}); export it again") from None
     model = GPT(config)
     copy_weights(model, {s.name: _tensor(s, payload) for s in sections[2:]}, str(path))
     return model.eval(), Tokenizer(payload[: sections[0].size], str(path))
