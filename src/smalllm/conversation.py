@@ -20,6 +20,11 @@ MARKERS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant
 END = "<|end|>"
 CONTROL = (*MARKERS.values(), END)
 """The control pieces of a tokenizer with turns: ``Tokenizer.train(texts, vocab_size, control=CONTROL)``."""
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""What `render` and `answer_prompt` do, in Jinja, for programs that read exported models."""
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,11 @@ def pieces_of(model: bytes) -> list[Piece]:
 def model_of(pieces: Iterable[Piece]) -> bytes:
     """A SentencePiece BPE model with these pieces that changes no text: no normalization, no space put before it, bytes
     for what has no piece; unknown, begin and end are the first three ids. `Tokenizer` reads it, and checks it."""
+    pieces = list(pieces)
     listed = [_text(1, piece.text) + _float(2, piece.score) + _number(3, piece.kind) for piece in pieces]
     ids = _number(40, UNK) + _number(41, BOS) + _number(42, EOS) + _number(43, -1)
-    trainer = _number(3, BPE) + _number(4, len(listed)) + _number(35, 1) + ids
+    names = b"".join(_text(45 + id, piece.text) for id, piece in enumerate(pieces[: EOS + 1]))  # which it looks for
+    trainer = _number(3, BPE) + _number(4, len(listed)) + _number(35, 1) + ids + names
     normalizer = _text(1, "identity") + _number(3, 0) + _number(4, 0) + _number(5, 1)
     return b"".join([*(_bytes(1, piece) for piece in listed), _bytes(2, trainer), _bytes(3, normalizer)])
 
@@ -69,6 +71,20 @@ def formable(texts: Sequence[str]) -> set[str]:
         if any(all(len(half) == 1 or half in found for half in pair) for pair in halves):
             found.add(text)
     return found
+
+
+def puts_space_first(model: bytes) -> bool:
+    """Whether SentencePiece puts a space before every text with this model, as it does unless it is told not to. SmallLM
+    never puts one there: what was trained so wants prompts that begin with a space.
+
+    >>> puts_space_first(model_of([])), puts_space_first(b"")
+    (False, True)
+    """
+    try:
+        normalizer = b"".join(value for number, value in _fields(model) if number == 3 and isinstance(value, bytes))
+        return dict(_fields(normalizer)).get(3, 1) != 0
+    except (ValueError, IndexError):
+        return False
 
 
 # ── reading ──
