@@ -446,9 +446,18 @@ def test_a_telling_stops_at_once_and_the_next_one_is_whole(how, visit, tmp_path)
 
 def test_where_a_browser_allows_no_worker_the_page_tells_itself(visit, tmp_path):
     data = page_bytes("gpt2")
-    opened = visit(data, init="globalThis.Worker = class { constructor() { throw new Error('no') } }")
+    old = "globalThis.Worker = class { constructor() { throw new Error('no') } }; delete Uint8Array.fromBase64"
+    opened = visit(data, init=old)
     assert opened.page.evaluate("port instanceof MessagePort")
     assert opened.texts(PROMPTS) == own_texts(data, tmp_path, PROMPTS)
+
+
+def test_a_browser_without_simd_is_told(visit):
+    opened = visit(
+        page_bytes("llama"), awake=False, init="delete globalThis.Worker; WebAssembly.validate = () => false"
+    )
+    expect(opened["#trouble"]).to_contain_text("this browser has no WebAssembly SIMD")
+    expect(opened["#tell"]).to_be_disabled()
 
 
 def test_text_never_becomes_an_element(visit):

@@ -178,12 +178,13 @@ function told({ text, tokens, finish }) {
   speak(!telling);
   if (telling) figures();
   else show();
-  if (follow) scrollTo({ top: document.documentElement.scrollHeight });
+  if (follow) byId("figures").scrollIntoView({ block: "nearest" });
 }
 
+/** Whether the end of the text is what the reader looks at. */
 function atEnd() {
   const end = byId("tale").getBoundingClientRect().bottom;
-  return end > innerHeight * 0.5 && document.documentElement.scrollHeight - innerHeight - scrollY < 120;
+  return end > 0 && end < innerHeight + 60;
 }
 
 /** Screen readers hear whole sentences. */

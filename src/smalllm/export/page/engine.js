@@ -137,9 +137,9 @@ function pause() {
 }
 
 function fromBase64(text) {
-  const STEP = 1 << 20;
   if (text.length % 4) throw new Error("this file is damaged: the model in it is cut off");
-  const bytes = new Uint8Array((text.length / 4) * 3 - (text.match(/=*$/)[0].length));
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text); // browsers from 2025 on: four times as fast
+  const STEP = 1 << 20, bytes = new Uint8Array((text.length / 4) * 3 - text.match(/=*$/)[0].length);
   for (let from = 0, place = 0; from < text.length; from += STEP) {
     const part = atob(text.slice(from, from + STEP));
     for (let i = 0; i < part.length; i++) bytes[place++] = part.charCodeAt(i);

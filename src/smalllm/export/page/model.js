@@ -32,6 +32,7 @@ class Model {
     this.#end = up(begin + bytes.length, 64);
     this.#buffers(this.#end);
     const code = bytes.subarray(decoder.offset, decoder.offset + decoder.size);
+    if (!WebAssembly.validate(code)) throw new Error("this browser has no WebAssembly SIMD, which browsers have since 2023");
     const { instance } = await WebAssembly.instantiate(code, { page: { memory: this.#memory } });
     this.#hot = instance.exports;
     this.vocab = c.vocab_size;
