@@ -46,6 +46,7 @@ STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The types of safetensors that are read."""
 LARGEST_HEADER = 1 << 26
 LARGEST_TOKENIZER = 1 << 26
+MOST_DIMENSIONS = 4
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
@@ -297,6 +298,8 @@ def _shape(name: str, record: Any, room: int, path: Path) -> tuple[int, ...]:
     """The shape of one tensor, whose bytes lie in the file."""
     try:
         dtype, shape, (start, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
+        if not isinstance(dtype, str) or len(shape) > MOST_DIMENSIONS:  # the product of many sizes takes a minute
+            raise TypeError
         numbers = all(type(number) is int and number >= 0 for number in (*shape, start, end))
     except (TypeError, KeyError, ValueError):
         _refuse(path, f"the header of tensor {name[:80]!r} is not one of safetensors; download it again")
