@@ -257,6 +257,6 @@ def test_python_api_completes_streams_and_batches(inside: Path):
     )
     with pytest.raises(smalllm.UserError):
         model.complete("x", temperature=-1)
-    with pytest.raises(TypeError):
+    with pytest.raises(smalllm.UserError):
         model.complete("x", no_such_option=1)
     assert smalllm.evaluate("tiny")["documents"] > 0
