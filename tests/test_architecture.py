@@ -20,10 +20,10 @@ ORDER = [
     "data.shards", "data.storyworld", "data.sources", "data.prepare", "data.batches",
     "decoder", "generation", "evaluation", "preflight",
     "training.schedule", "training.optimizer", "training.objectives", "training.trainer",
-    "export.destination", "export.card", "export.names", "export.pieces", "export.huggingface_config", "export.fast_tokenizer", "export.huggingface", "export.gguf", "export.llamacpp", "export.certificate", "export.llama2c",
+    "export.destination", "export.card", "export.names", "export.pieces", "export.huggingface_config", "export.fast_tokenizer", "export.huggingface", "export.gguf", "export.llamacpp", "export.certificate", "export.hub", "export.llama2c", "export.html",
     "plots", "api",
     "serve.protocol", "serve.meters", "serve.models", "serve.engine", "serve.report", "serve.guard", "serve.server",
-    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.plot", "commands.bench", "commands.doctor",
+    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.plot", "commands.bench", "commands.doctor",
     "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
@@ -32,7 +32,9 @@ OWNERS = {
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
     "sentencepiece": {"tokenizer"},
-    "huggingface_hub": {"data.sources"},
+    "huggingface_hub": {"data.sources", "export.hub"},
+    "gguf": {"export.gguf"},
+    "xllamacpp": {"export.llamacpp"},
     "transformers": {"export.certificate"},
     "pickle": set(),
     "marshal": set(),
@@ -104,10 +106,11 @@ def test_no_module_is_a_mixed_bag():
 
 
 def test_a_verb_is_a_module_with_a_function_of_its_name():
-    from smalllm.cli import VERBS
+    from smalllm.cli import VERBS, function_name
 
-    assert {f"commands.{verb}" for verb in VERBS} == {name for name in MODULES if name.startswith("commands.")}
-    for verb in VERBS:
+    verbs = {function_name(verb) for verb in VERBS}
+    assert {f"commands.{verb}" for verb in verbs} == {name for name in MODULES if name.startswith("commands.")}
+    for verb in verbs:
         functions = {node.name for node in MODULES[f"commands.{verb}"].body if isinstance(node, ast.FunctionDef)}
         assert verb in functions
 

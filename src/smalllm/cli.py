@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import keyword
 import os
 import sys
 from typing import Any
@@ -16,6 +17,8 @@ VERBS = {
     "chat": "Tell stories together with a model, also while it trains.",
     "serve": "Serve a model over HTTP, as OpenAI's clients expect it, with a page.",
     "evaluate": "Measure a model in bits per byte, with an interval.",
+    "export": "Write a model for transformers, llama.cpp, llama2.c or a browser, with proof.",
+    "import": "Make a run of a model of another program.",
     "plot": "Draw loss and learning rate of runs.",
     "bench": "Measure how fast this machine trains and decodes.",
     "doctor": "Check this installation and this machine.",
@@ -32,8 +35,14 @@ def build_app() -> Any:
         help="Train a small GPT language model from scratch, watch it learn, chat with it, measure it honestly.",
     )  # fmt: skip
     for verb, help_line in VERBS.items():
-        app.command(f"smalllm.commands.{verb}:{verb}", name=verb, help=help_line)
+        function = function_name(verb)
+        app.command(f"smalllm.commands.{function}:{function}", name=verb, help=help_line)
     return app
+
+
+def function_name(verb: str) -> str:
+    """Of a verb's function and module: the verb, with an underscore where Python keeps the word for itself."""
+    return f"{verb}_" if keyword.iskeyword(verb) else verb
 
 
 def main(arguments: list[str] | None = None) -> None:

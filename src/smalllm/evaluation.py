@@ -272,7 +272,7 @@ def evaluate_run(
     documents only. With ``stories`` the model tells so many, each from the begin token alone, for the scorecard.
     For the built-in corpus ``floor_bits_per_byte`` is what the exact distribution scores on the same documents.
     """
-    texts = list(read_documents(text, limit=limit)) if text is not None else _validation_texts(run, limit)
+    texts = list(read_documents(text, limit=limit)) if text is not None else validation_texts(run, limit)
     evaluation = bits_per_byte(run.model, run.tokenizer, texts)
     if not math.isfinite(evaluation.loss):
         raise UserError(
@@ -295,13 +295,13 @@ def trained_on_storyworld(run: LoadedRun) -> bool:
 def run_floor(run: LoadedRun, limit: int) -> float | None:
     """``storyworld_floor`` of a run's first validation documents; None when they are gone."""
     try:
-        return storyworld_floor(_validation_texts(run, limit))
+        return storyworld_floor(validation_texts(run, limit))
     except UserError:
         return None
 
 
-def _validation_texts(run: LoadedRun, limit: int | None) -> list[str]:
-    """Read with the tokenizer of the data, which may be another one than the run's."""
+def validation_texts(run: LoadedRun, limit: int | None) -> list[str]:
+    """The first validation documents of a run, read with the tokenizer of the data, which may be another one than the run's."""
     dataset = TokenDataset.open(run.folder.data(), verify=False)
     tokenizer = dataset.tokenizer()
     return [tokenizer.decode(ids.tolist()) for ids in itertools.islice(dataset.valid.iterate_documents(), limit)]

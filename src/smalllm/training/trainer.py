@@ -350,6 +350,8 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore everything that the future depends on; say what has changed since."""
         stored = checkpoint.state()
+        if "training" not in stored:
+            return self.adopt(checkpoint)
         self._refuse_other_run(stored)
         old = self.folder.config()
         for change in changed_settings(old, self.config):
@@ -371,18 +373,29 @@ class Trainer:
         self.rewind_logs()
         self.display.note(f"resumed from step {self.state.step}")
 
+    def adopt(self, checkpoint: Checkpoint) -> None:
+        """Begin with the weights of a model that was imported: they are all that its checkpoint holds."""
+        self._refuse_other_tokenizer(checkpoint.state())
+        if checkpoint.model_config() != self.config.model.model_copy(update={"dropout": 0.0}):
+            raise UserError(f"{checkpoint.path} has another shape than [model] says; train {self.folder.config_file}")
+        copy_weights(self.model, checkpoint.weights(), str(checkpoint.path))
+        self.display.note("training goes on from the imported model")
+
     def rewind_logs(self) -> None:
         """Drop what was logged after the state that training goes on from: no step twice, none missing. A checkpoint is
         written before the record of its step, which it holds, so that the record is written again."""
         self.log_file.rewind(self.state.step - 1)
         self.sample_file.rewind(self.state.step - 1 if self.state.evaluation_due else self.state.step)
 
-    def _refuse_other_run(self, stored: dict[str, Any]) -> None:
+    def _refuse_other_tokenizer(self, stored: dict[str, Any]) -> None:
         if stored["tokenizer_fingerprint"] != self.tokenizer.fingerprint:
             raise UserError(
                 f"run {self.folder.path} was trained with another tokenizer than the data in {self.dataset.folder};"
-                " give its own data with --data, or start another run with --out"
+                f" prepare data with --tokenizer {self.folder.tokenizer_file}, or start another run with --out"
             )
+
+    def _refuse_other_run(self, stored: dict[str, Any]) -> None:
+        self._refuse_other_tokenizer(stored)
         if stored["data_fingerprint"] != self.dataset.fingerprint:
             raise UserError(
                 f"run {self.folder.path} was trained on other data than {self.dataset.folder} holds;"
