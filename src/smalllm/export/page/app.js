@@ -130,11 +130,11 @@ function showSetting({ key, off, min, max, show }) {
 let port = null; // of the engine
 let number = 0; // of the last telling
 let telling = false;
-let story = null; // {prompt, text, tokens, seed, finish, began, first, last}; null while one writes
+let story = null; // {prompt, text, tokens, seed, finish, began, last}; null while one writes
 let spoken = ""; // what screen readers have not heard yet
 
 function tell(prompt, text = "") {
-  story = { prompt, text, tokens: 0, finish: null, began: performance.now(), first: 0, firstTokens: 0, last: 0 };
+  story = { prompt, text, tokens: 0, finish: null, began: performance.now(), last: 0 };
   const settings = params();
   story.seed = settings.seed;
   telling = true;
@@ -170,7 +170,6 @@ function told({ text, tokens, finish }) {
   story.text += text;
   story.tokens = tokens;
   story.last = performance.now();
-  if (!story.first && tokens) Object.assign(story, { first: story.last, firstTokens: tokens });
   byId("tale").append(text);
   spoken += text;
   story.finish = finish;
@@ -216,8 +215,8 @@ function show() {
 function figures() {
   byId("figures").hidden = !story;
   if (!story) return;
-  const { tokens, first, firstTokens, last } = story, seconds = (last - first) / 1000;
-  const speed = seconds > 0.05 ? `${Math.round((tokens - firstTokens) / seconds).toLocaleString("en-US")} per second · ` : "";
+  const { tokens, began, last } = story;
+  const speed = tokens ? `${Math.round((1000 * tokens) / (last - began)).toLocaleString("en-US")} per second · ` : "";
   const again = element("button", { class: "link", id: "seed-used", title: "Put this seed into the settings, to tell the same story again" }, `seed ${story.seed}`);
   again.addEventListener("click", () => {
     byId("seed").value = String(story.seed);
