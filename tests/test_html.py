@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,32 @@ def test_a_damaged_page_is_named_in_one_sentence(damage, tmp_path):
     path.write_text(damage(page_bytes("llama").decode()), encoding="utf-8")
     with pytest.raises(UserError, match=r"page.html is not a whole page of this version .*; export it again"):
         html.read(path)
+
+
+HOSTILE = [2**62, -1, 0, True, None, "", "x" * 5000, 1e308, [], {}, [[]], 10**400, 2**31, 4096, "\0"]
+
+
+def test_whatever_a_page_says_of_itself_reading_ends_soon(tmp_path):
+    """A model or one sentence: settings and sizes of any kind, bytes changed anywhere."""
+    text, draw, path, refused = page_bytes("gpt2").decode(), random.Random(0), tmp_path / "page.html", 0
+    about = json.loads(html._block(text, "application/json", "about"))
+    for _ in range(150):
+        damaged = json.loads(json.dumps(about))
+        part = draw.choice([damaged, damaged["model"], damaged["tokenizer"]])
+        part[draw.choice(list(part))] = draw.choice(HOSTILE)
+        page = re.sub(r'id="about">[^<]*', lambda _: 'id="about">' + json.dumps(damaged).replace("<", ""), text)  # noqa: B023
+        if draw.random() < 0.5:
+            place = page.index('id="model"') + draw.randrange(len(page) // 2)
+            page = page[:place] + draw.choice("A/+=<\n") + page[place + 1 :]
+        path.write_text(page, encoding="utf-8")
+        began = time.monotonic()
+        try:
+            html.read(path)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+            refused += 1
+        assert time.monotonic() - began < 2
+    assert 50 < refused < 150
 
 
 def test_a_page_that_is_not_there(tmp_path):

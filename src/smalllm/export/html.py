@@ -44,6 +44,7 @@ GROUP, LANES, ALIGNMENT = 64, 16, 64
 GROUP_BYTES = GROUP * LANES + 4 * LANES  # of a panel
 MOST_BYTES = 300 << 20  # a browser's longest text is 512 MiB, and base64 makes it a third longer
 MOST_MEMORY = 3 << 30  # WebAssembly has 4 GiB
+MOST_ROTATIONS = 1 << 26  # of RoPE's tables, which a page asks for without holding them
 ENGINE = ("tokenizer.js", "random.js", "sampler.js", "model.js", "engine.js")
 BEGINNINGS = (
     "Once upon a time",
@@ -74,7 +75,7 @@ def page_of(model: GPT, tokenizer: Tokenizer, name: str, step: int) -> bytes:
     _check_tokenizer(tokenizer)
     sections = _sections(model.config, len(tokenizer.model_bytes))
     size = sections[-1].end
-    if size > MOST_BYTES or size + _cache_bytes(model.config) > MOST_MEMORY:
+    if size > MOST_BYTES or not _fits(model.config, size):
         raise UserError(
             f"a model of {model.parameters_count():,} parameters and a context of {model.config.context:,} is too large for"
             " a page in a browser; export to gguf instead"
@@ -198,6 +199,11 @@ def _cache_bytes(config: ModelConfig) -> int:
     return 8 * config.layers * config.key_value_heads * positions * width
 
 
+def _fits(config: ModelConfig, size: int) -> bool:
+    """Whether a browser has room for a model of so many bytes with its cache and tables."""
+    return size + _cache_bytes(config) <= MOST_MEMORY and config.context * config.head_width <= MOST_ROTATIONS
+
+
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -278,22 +284,34 @@ def unpack(data: bytes, outputs: int, inputs: int) -> tuple[np.ndarray, np.ndarr
 
 def read(path: Path) -> tuple[GPT, Tokenizer]:
     """The model and vocabulary of a page that `write` made, its matrices as the page rounds them. UserError for another file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"{path}: {reason}; give a page of `smalllm export --to html`") from None
+    text = _text(path)
     try:
         about = json.loads(_block(text, "application/json", "about"))
         payload = base64.b64decode(_block(text, "text/plain", "model").rstrip("\n"), validate=True)
         config = ModelConfig(**about["model"])
         sections = _sections_of(about, config, payload)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        weights = {section.name: _tensor(section, payload) for section in sections[2:]}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)[:80]
         raise UserError(f"{path} is not a whole page of this version ({told}); export it again") from None
+    words = Tokenizer(payload[: sections[0].size], str(path))
+    if words.vocab_size > config.vocab_size:
+        raise UserError(f"{path} has {words.vocab_size:,} pieces for {config.vocab_size:,} tokens; export it again")
     model = GPT(config)
-    copy_weights(model, {s.name: _tensor(s, payload) for s in sections[2:]}, str(path))
-    return model.eval(), Tokenizer(payload[: sections[0].size], str(path))
+    copy_weights(model, weights, str(path))
+    return model.eval(), words
+
+
+def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a pipe or a device could keep its reader waiting for ever
+        raise UserError(f"{path} is not a file; give a page of `smalllm export --to html`")
+    try:
+        if path.stat().st_size > 2 * MOST_BYTES:
+            raise UserError(f"{path} is larger than any page; give a page of `smalllm export --to html`")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path}: {reason}; give a page of `smalllm export --to html`") from None
 
 
 def _block(text: str, kind: str, id: str) -> str:
@@ -311,6 +329,8 @@ def _sections_of(about: dict[str, Any], config: ModelConfig, payload: bytes) -> 
     least = config.layers * config.width * (config.width + config.hidden_width) + config.vocab_size * config.width
     if least > len(payload):  # before a model of such a size is made
         raise ValueError(f"it has {len(payload):,} bytes of weights, too few for its settings")
+    if not _fits(config, len(payload)):
+        raise ValueError("its context is too long")
     sections = _sections(config, tokenizer_bytes)
     if sections[-1].end != len(payload):
         raise ValueError(f"it has {len(payload):,} bytes of weights and must have {sections[-1].end:,}")
@@ -324,4 +344,6 @@ def _tensor(section: Section, payload: bytes) -> Tensor:
     else:
         count = int(np.prod(section.shape))
         numbers = np.frombuffer(data, "<f4")[:count].reshape(section.shape).astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"its {section.name} is not finite")
     return torch.from_numpy(numbers.copy())
