@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from export_runs import SHAPES, random_run, tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalllm.checkpoint import LoadedRun, model_weights
@@ -322,11 +322,13 @@ HARD = st.lists(st.sampled_from(WORDS) | st.characters(codec="utf-8"), max_size=
 
 @needs_llamacpp
 @pytest.mark.parametrize("control", [(), CONTROL])
-def test_llama_cpp_cuts_text_as_we_do(files, control):
+@pytest.mark.parametrize("examples", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_llama_cpp_cuts_text_as_we_do(files, control, examples):
     """All of Unicode, special words as text; U+2581 is a space to it, so that it is one here before we look."""
     own: Tokenizer = tokenizer(control)
     with llamacpp.LlamaCpp(files("llama", "q8_0", control)) as other:
 
+        @settings(max_examples=examples, deadline=None)
         @given(HARD)
         def same(text: str) -> None:
             assert other.encode(text) == own.encode(text.replace("\u2581", " "))

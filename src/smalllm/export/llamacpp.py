@@ -69,10 +69,11 @@ class LlamaCpp:
         answer = self._ask("embedding", {"content": list(ids)})
         return torch.tensor(answer[0]["embedding"]) @ self._head.T
 
-    def log_probabilities(self, ids: Sequence[int]) -> Tensor:
-        """Of the token after ids [V], float32, as llama.cpp's own head and softmax make them. It tells none where it would
-        end the text or begin a character, so it is made to say a letter: that changes what is chosen, not these."""
-        letter = {"n_probs": self.vocab_size, "logit_bias": [[self.encode("a")[0], 1e4]]}
+    def log_probabilities(self, ids: Sequence[int], likeliest: int | None = None) -> Tensor:
+        """Of the token after ids [V], float32, as llama.cpp's own head and softmax make them; of so many, the others -inf.
+        It tells none where it would end the text or begin a character, so it is made to say a letter: that changes what is
+        chosen, not these."""
+        letter = {"n_probs": likeliest or self.vocab_size, "logit_bias": [[self.encode("a")[0], 1e4]]}
         answer = self._ask("completion", {**_greedy(ids, 1), **letter})
         found = torch.full((self.vocab_size,), -math.inf)
         for entry in answer["completion_probabilities"][0]["top_logprobs"]:
