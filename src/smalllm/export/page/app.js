@@ -270,7 +270,7 @@ function hire() {
   try {
     const url = URL.createObjectURL(new Blob([`"use strict";(${engine})(self)`], { type: "text/javascript" }));
     const worker = new Worker(url);
-    worker.onerror = () => hireHere();
+    worker.onerror = () => byId("model") && hireHere(); // refused after all, before it was ready
     return worker;
   } catch {
     return hireHere();
