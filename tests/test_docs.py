@@ -21,7 +21,7 @@ from types import ModuleType
 import pytest
 from test_server import serving
 
-from smalllm.cli import VERBS, build_app, run
+from smalllm.cli import VERBS, build_app, function_name, run
 from smalllm.config import load_recipe, recipe_names
 from smalllm.data.storyworld import check, entropy_bits_per_byte, stories
 
@@ -107,7 +107,7 @@ def test_every_command_parses(words):
     function, bound, ignored = build_app().parse_args(words, exit_on_error=False, print_error=False)
     if "--help" in words:
         return
-    assert function.__name__ == words[0] and not ignored
+    assert function.__name__ == function_name(words[0]) and not ignored
     if words[0] == "train":
         _check_settings(*bound.arguments.get("words", ()))
     for key in ("run", "runs"):  # an option that was misspelled must not pass for a run

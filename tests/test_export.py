@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from export_runs import random_run
 from model_hub import model_hub
 
 from smalllm.cli import run as smalllm
+from smalllm.config import UserError
 from smalllm.conversation import CONTROL
-from smalllm.export import gguf, huggingface, names
+from smalllm.export import gguf, hub, huggingface, names
 from smalllm.export.destination import certificate_file, check_free, replacing
 
 KEYS = {"path", "architecture", "max_logit_difference", "token_agreement", "bits_per_byte_difference"}
@@ -194,22 +196,34 @@ def test_a_failing_block_leaves_what_was_there(tmp_path):
 def test_push_uploads_every_file(llama, tmp_path, asked, monkeypatch):
     from huggingface_hub import constants
 
-    with model_hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    with model_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_TOKEN", "hf_canary")
-        hub.token = "hf_canary"
+        server.token = "hf_canary"
         out = tmp_path / "folder"
-        words = ("export", llama, "--to", "huggingface", "--out", out, "--push", "me/stories", "--json")
-        code, printed, err = asked(*words)
+        code, printed, err = asked(
+            "export", llama, "--to", "huggingface", "--out", out, "--push", "me/stories", "--json"
+        )
         assert code == 0, err
-        assert json.loads(printed)["pushed"] == f"{hub.endpoint}/me/stories"
-        assert hub.files == {path.name: path.read_bytes() for path in out.iterdir()} and hub.commits == 1
-        assert hub.made[0]["visibility"] == "private"
-        assert not any(b"hf_canary" in data for data in hub.files.values())
-        hub.token = "another"
-        code, _, err = asked(*words)
-        assert code == 1 and "wants a token that may write there; set HF_TOKEN" in err and out.is_dir()
-        hub.token, hub.status = None, 500
-        assert "answered with status 500" in asked(*words)[2]
+        assert json.loads(printed)["pushed"] == f"{server.endpoint}/me/stories"
+        assert server.files == {path.name: path.read_bytes() for path in out.iterdir()} and server.commits == 1
+        assert server.made[0]["visibility"] == "private"
+        assert not any(b"hf_canary" in data for data in server.files.values())
+
+
+def test_what_the_hub_refuses_is_told(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's attempts
+    (tmp_path / "README.md").write_text("x")
+    with model_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        server.token = "another"
+        with pytest.raises(UserError, match="wants a token that may write there; set HF_TOKEN"):
+            hub.push(tmp_path, "me/stories")
+        server.token, server.status = None, 500
+        with pytest.raises(UserError, match="answered with status 500"):
+            hub.push(tmp_path, "me/stories")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "cannot be reached" in asked(*words)[2]
+    with pytest.raises(UserError, match="cannot be reached"):
+        hub.push(tmp_path, "me/stories")

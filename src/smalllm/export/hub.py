@@ -36,7 +36,7 @@ def push(folder: Path, repo: str) -> str:
         raise UserError(f"--push {repo}: HF_HUB_OFFLINE is set; unset it to upload") from None
     except HfHubHTTPError as error:
         raise UserError(_refusal(repo, error.response.status_code)) from None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the client's transport has error classes of its own, and other ones in each version
         reason = type(error).__name__
         raise UserError(f"--push {repo}: {hub.endpoint} cannot be reached ({reason}); {folder} is complete") from None
     return f"{hub.endpoint}/{repo}"
