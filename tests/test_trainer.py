@@ -21,6 +21,7 @@ from smalllm.checkpoint import RunFolder, open_run
 from smalllm.config import RunConfig, UserError
 from smalllm.metrics import read_records
 from smalllm.native import kernels
+from smalllm.runtime import Fit
 from smalllm.training import trainer as trainer_module
 from smalllm.training.schedule import Plan
 from smalllm.training.trainer import Trainer, TrainingFailure, train
@@ -683,3 +684,17 @@ def test_environment_tells_the_machine(tiny, tmp_path: Path):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["command"] == "smalllm train tiny"
     assert environment["precision"] == "fp32" and environment["threads"] == torch.get_num_threads()
+
+
+def test_a_resumed_run_keeps_its_division_unless_memory_is_scarcer(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = tiny(train={"micro_batch": 0, "memory_gb": 8.0, "steps": 2})
+    train(settings, tmp_path / "run")
+    for fitting, expected in ((64, 8), (2, 2)):
+        monkeypatch.setattr(trainer_module, "fit_memory", lambda *given, size=fitting: Fit(size, False, 0))
+        trainer = Trainer(settings, RunFolder(tmp_path / "run"))
+        trainer.begin()
+        trainer.prefetch.close()
+        trainer.folder.unlock()
+        assert trainer.micro_batch == expected

@@ -366,8 +366,10 @@ class Trainer:
             )
         if self.scaler is not None and stored["scaler"]:
             self.scaler.load_state_dict(stored["scaler"])
-        if not self.config.train.micro_batch:
-            self.micro_batch = stored["micro_batch"]
+        if not self.config.train.micro_batch:  # the same division gives the same bits; a smaller budget wins
+            self.micro_batch = (
+                min(stored["micro_batch"], self.micro_batch) if self.config.train.memory_gb else stored["micro_batch"]
+            )
         self._keep_plan(old)
         self.record = stored["record"]
         self.rewind_logs()
