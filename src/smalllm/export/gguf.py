@@ -27,9 +27,10 @@ from torch import Tensor
 
 from smalllm.checkpoint import LoadedRun, model_weights
 from smalllm.config import ModelConfig, UserError
-from smalllm.conversation import CHAT_TEMPLATE, has_turns, stop_ids
+from smalllm.conversation import CONTROL, has_turns, stop_ids
 from smalllm.export.card import UNKNOWN_LICENCE, Card
 from smalllm.export.destination import replacing
+from smalllm.export.fast_tokenizer import chat_template
 from smalllm.export.names import Weights, from_gguf, meta_weights, to_gguf
 from smalllm.export.pieces import Kind, Piece, formable, model_of, pieces_of
 from smalllm.model import GPT, NORM_EPS
@@ -151,9 +152,10 @@ def add_shape(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     """The pieces, the special ones among them, and how a conversation is written where the model knows turns."""
     pieces = pieces_of(tokenizer.model_bytes)
+    texts = spellings(pieces)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(spellings(pieces))
+    writer.add_token_list(texts)
     writer.add_token_scores([piece.score for piece in pieces])
     writer.add_token_types([int(piece.kind) for piece in pieces])
     writer.add_unk_token_id(UNK)
@@ -165,7 +167,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_remove_extra_whitespaces(False)
     if has_turns(tokenizer):
         writer.add_eot_token_id(stop_ids(tokenizer)[0])
-        writer.add_chat_template(CHAT_TEMPLATE)
+    if has_turns(tokenizer) and set(CONTROL) <= set(texts):  # else the template's markers would be text
+        writer.add_chat_template(chat_template(tokenizer))
 
 
 def spellings(pieces: Sequence[Piece]) -> list[str]:
