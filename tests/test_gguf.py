@@ -381,3 +381,17 @@ def test_a_damaged_file_is_refused_and_ctrl_c_is_left_alone(files, tmp_path):
     damaged.write_bytes(files("llama").read_bytes()[:-100])
     with pytest.raises(UserError, match="beyond the file"):  # by ours, before llama.cpp sees it
         llamacpp.LlamaCpp(damaged)
+
+
+@needs_llamacpp
+def test_the_benchmark_measures_and_judges(runs, tmp_path, monkeypatch, capsys):
+    import export_gguf
+
+    (tmp_path / "text.txt").write_text(STORY)
+    few = ["--text", str(tmp_path / "text.txt"), "--prompts", "2", "--tokens", "8", "--scored", "9", "--strings", "50"]
+    arguments = ["--run", str(runs("llama").folder.path), *few, "--dtypes", "f32", "q8_0"]
+    assert export_gguf.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "greedy 2 equal, 0 ties, 0 different" in told and "9 tokens" in told and "50 of 50 strings alike" in told
+    monkeypatch.setattr(export_gguf, "own_nats", lambda run, ids: 1.0)
+    assert export_gguf.main(arguments) == 1
