@@ -553,9 +553,10 @@ def test_broken_numbers_are_told(visit, monkeypatch):
 @pytest.mark.slow
 def test_fifty_prompts_to_a_trained_model(visit, dataset_folder, tmp_path):
     model = {"layers": 4, "width": 192, "heads": 3, "context": 256, "qk_norm": True, "tie_embeddings": False}
-    train(tiny_settings(dataset_folder, model=model, train={"steps": 400, "evaluate_every": 400}), tmp_path / "run")
+    settings = {"steps": 150, "evaluate_every": 150, "batch_tokens": 2048}
+    train(tiny_settings(dataset_folder, model=model, train=settings), tmp_path / "run")
     run = open_run(tmp_path / "run")
     data = html.page_of(run.model, run.tokenizer, "trained", run.step)
     prompts = tuple(a + b for a in (BEGINNING, "One day", "The cat", "Tom", "It was") for b in ["", *"abcdefghi"])
     assert visit(data).texts(prompts, max_tokens=200) == own_texts(data, tmp_path, prompts, max_tokens=200)
-    assert json.dumps(prompts) and len(prompts) == 50
+    assert len(prompts) == 50
