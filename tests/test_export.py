@@ -13,8 +13,9 @@ from model_hub import model_hub
 from smalllm.cli import run as smalllm
 from smalllm.config import UserError
 from smalllm.conversation import CONTROL
-from smalllm.export import gguf, hub, huggingface, names
+from smalllm.export import card, certificate, gguf, hub, huggingface, names
 from smalllm.export.destination import certificate_file, check_free, replacing
+from smalllm.generation import SamplingParams
 
 KEYS = {"path", "architecture", "max_logit_difference", "token_agreement", "bits_per_byte_difference"}
 
@@ -25,6 +26,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_run(folder)
     (folder / "curve.png").write_bytes(b"\x89PNG")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """Short stories and texts: what is compared is compared in test_certificate.py."""
+    monkeypatch.setattr(card, "STORY", SamplingParams(max_tokens=5, seed=0))
+    monkeypatch.setattr(certificate, "TEXT_TOKENS", 300)
 
 
 @pytest.fixture
@@ -112,11 +120,11 @@ def test_the_card_tells_what_the_run_was(llama, tmp_path, asked):
     text.write_text("One day a hen met a fox.\n<|endoftext|>\nThey ran away.\n")
     words = ["--out", tmp_path / "folder", "--text", text, "--author", "A: b\n---", "--licence", "mit"]
     assert asked("export", llama, "--to", "huggingface", *words)[0] == 0
-    card = (tmp_path / "folder" / "README.md").read_text()
-    assert 'license: "mit"' in card and "bits per byte** (95 % interval" in card and "on 2 documents" in card
-    assert "![Loss and learning rate over the steps](curve.png)" in card and "[model]" in card
+    page = (tmp_path / "folder" / "README.md").read_text()
+    assert 'license: "mit"' in page and "bits per byte** (95 % interval" in page and "on 2 documents" in page
+    assert "![Loss and learning rate over the steps](curve.png)" in page and "[model]" in page
     assert (tmp_path / "folder" / "curve.png").read_bytes() == b"\x89PNG"
-    assert str(tmp_path) not in card
+    assert str(tmp_path) not in page
 
 
 def test_turn_markers_come_with_a_template(tmp_path, asked):

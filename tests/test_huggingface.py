@@ -301,6 +301,19 @@ def test_models_whose_norms_have_another_epsilon(tmp_path, shape):
         torch.testing.assert_close(ours(IDS), wanted, rtol=0.0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "starcoder2", "gpt2"])
+def test_folders_that_transformers_saves(tmp_path, shape):
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    run = random_run(tmp_path / "run", shape)
+    huggingface.write(run, tmp_path / "out", "f32")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    assert torch.equal(
+        huggingface.read(tmp_path / "saved", tmp_path / "out" / "tokenizer.model")[0](IDS), run.model(IDS)
+    )
+
+
 def test_config_as_older_and_newer_versions_write_it(folder):
     logits = huggingface.read(folder)[0](IDS)
     assert torch.equal(huggingface.read(edit(folder, remove="rope_parameters"))[0](IDS), logits)
@@ -336,6 +349,7 @@ WRONG = [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE is scaled"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "RoPE is scaled"),
     ({"rope_theta": 5.0}, "rope_theta"),
+    ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
     ({"tie_word_embeddings": False}, "lm_head.weight' is missing"),
     ({"tie_word_embeddings": 1}, "neither true nor false"),
 ]

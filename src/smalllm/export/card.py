@@ -122,7 +122,7 @@ def _quality(card: Card) -> list[str]:
         low, high = card.bits_per_byte_interval
         told = (
             f"**{card.bits_per_byte:.4f} bits per byte** (95 % interval {low:.4f} to {high:.4f}) on"
-            f" {card.evaluated_documents} documents that were held out of training. Bits per byte does not depend on"
+            f" {card.evaluated_documents} documents. Bits per byte does not depend on"
             " the tokenizer; less is better."
         )
     proof = "`certificate.json` says how closely this export agrees with the model that was trained."

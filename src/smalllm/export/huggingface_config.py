@@ -45,7 +45,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "starcoder2": {"hidden_act": "gelu_pytorch_tanh", "sliding_window": None},
     "gpt2": {
         "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
+        "reorder_and_upcast_attn": False, "add_cross_attention": False,
     },
 }  # fmt: skip
 """Keys that are written with these values, and must have them when they are read."""
@@ -68,7 +68,7 @@ IGNORED = frozenset((
     "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
     "task_specific_params", "gradient_checkpointing", "max_window_layers", "max_sequence_length", "id2label", "label2id",
     "num_labels", "return_dict", "output_attentions", "output_hidden_states", "torchscript", "is_decoder", "problem_type",
-    "layer_types", "norm_type", "mlp_type", "unk_token_id", "name", "chunk_size_feed_forward", "is_encoder_decoder",
+    "norm_type", "mlp_type", "unk_token_id", "name", "chunk_size_feed_forward", "is_encoder_decoder",
 ))  # fmt: skip
 """Keys without a part in what a model computes, or that only repeat what another key says."""
 
@@ -118,6 +118,7 @@ def from_json(data: bytes, origin: str) -> Told:
     except ValidationError as error:
         _refuse(origin, str(error.errors()[0]["msg"]).removeprefix("Value error, "))
     known.require("head_dim", (None, config.head_width))
+    known.require("layer_types", (None, ["full_attention"] * config.layers))
     known.nothing_else()
     return Told(config, epsilon, biased)
 
