@@ -207,6 +207,7 @@ def test_hostile_files_are_refused(good: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_many_hostile_files_are_refused(good: Path, tmp_path: Path):
     assert MANY / 2 < check_cases(good, tmp_path, MANY) <= MANY
 
