@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalllm.checkpoint import LoadedRun, model_weights
+from smalllm.commands import export
 from smalllm.config import UserError
 from smalllm.conversation import CONTROL, Message, answer_prompt, stop_ids
 from smalllm.export import gguf, llamacpp
@@ -271,9 +272,34 @@ def test_a_full_disk_leaves_nothing(runs, tmp_path):
         assert error.value.filename == str(tmp_path / "x.gguf") and not list(tmp_path.iterdir())
 
 
-# ── llama.cpp ──
+# ── the certificate ──
 
 needs_llamacpp = pytest.mark.skipif(not llamacpp.installed(), reason="needs xllamacpp")
+
+
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [
+        ("smalllm", "blk.1.ffn_down.weight"),
+        pytest.param("xllamacpp", "blk.0.attn_k.weight", marks=needs_llamacpp),
+        pytest.param("xllamacpp", "output_norm.weight", marks=needs_llamacpp),
+    ],
+)
+def test_a_damaged_tensor_is_found_and_nothing_stays(runs, tmp_path, monkeypatch, reader, name):
+    def damaged(*arguments: Any) -> dict[str, torch.Tensor]:
+        tensors = {key: tensor.clone() for key, tensor in to_gguf(*arguments).items()}
+        tensors[name].view(-1)[-40:] *= -1
+        return tensors
+
+    monkeypatch.setattr(export, "installed", lambda asked: asked == reader)
+    monkeypatch.setattr(gguf, "to_gguf", damaged)
+    with pytest.raises(UserError, match="bad.gguf was not written: read back by " + reader):
+        export.export_run(runs("llama"), "gguf", tmp_path / "bad.gguf", "f32", Card("x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ── llama.cpp ──
+
 TABLE = {"starcoder2": 0.01, "gpt2": 0.01}
 """llama.cpp looks GELU up in a table of float16 values, so that random weights of this size give such errors of logits."""
 
