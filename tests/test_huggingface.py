@@ -255,6 +255,9 @@ def test_shards_with_an_index(folder, tmp_path):
     index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(huggingface.read(folder)[0](IDS), whole(IDS))
+    save_file(tensors, folder / "b.safetensors")
+    with pytest.raises(UserError, match="stands twice"):
+        huggingface.read(folder)
     for name in (
         "../a.safetensors",
         "/etc/a.safetensors",

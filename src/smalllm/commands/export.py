@@ -101,7 +101,7 @@ def export_run(
             raise UserError(
                 f"{out} was not written: read back by {certificate['reader']}, its {'; its '.join(wrong)}; report this"
             )
-        data = (json.dumps(certificate, indent=1) + "\n").encode()
+        data = (json.dumps(certificate | {"path": out.name}, indent=1) + "\n").encode()  # not where one's files lie
         if temporary.is_dir():
             files.write(temporary / CERTIFICATE, data)
     if not out.is_dir():
