@@ -466,7 +466,12 @@ def test_headers_that_lie(folder, record, sentence):
 
 def test_other_tensors_than_the_model_has(folder):
     records, payload = header(folder)
+    records["model.layers.0.mlp.up_proj.weight"]["shape"].reverse()
+    with_header(folder, records, payload)
+    with pytest.raises(UserError, match=r"up_proj.weight has shape \[64, 192\], and by config.json \[192, 64\]"):
+        huggingface.read(folder)
     norm = records.pop("model.norm.weight")
+    records["model.layers.0.mlp.up_proj.weight"]["shape"].reverse()
     with_header(folder, records, payload)
     with pytest.raises(UserError, match=r"'model.norm.weight' is missing"):
         huggingface.read(folder)
