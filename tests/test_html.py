@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_settings
 from export_runs import SHAPES, random_model, random_run, tokenizer
 from hypothesis import given, settings
@@ -75,6 +76,15 @@ STRINGS = (
 def page_bytes(shape: str, name: str = NAME) -> bytes:
     """A page of random weights."""
     return html.page_of(random_model(ModelConfig(**SHAPES[shape])), tokenizer(), name, 12)
+
+
+def endless_page() -> bytes:
+    """A page whose model never says that a text ends."""
+    model = random_model(ModelConfig(**SHAPES["starcoder2-untied"]))
+    with torch.no_grad():
+        model.norm.bias[0], model.head.weight[2] = 6.0, 0.0
+        model.head.weight[2, 0] = -20.0
+    return html.page_of(model, tokenizer(), NAME, 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -388,6 +398,9 @@ def encoded(engine: Page, texts: list[str]) -> list[list[int]]:
 
 def test_hard_strings_have_the_ids_of_our_tokenizer(engine):
     texts = [*STRINGS, *(a + b for a in STRINGS for b in STRINGS), "word " * 3000, "x" * 5000]
+    texts += [
+        letter * count for letter in "oelstp .\n1" for count in range(2, 9)
+    ]  # of equal merges, the leftmost is first
     assert encoded(engine, texts) == [tokenizer().encode(text) for text in texts]
 
 
@@ -401,12 +414,28 @@ def test_tokens_in_any_order_stream_the_text_of_our_tokenizer(engine):
     """Bytes that are not UTF-8 among them; begin and end add nothing."""
     draw = random.Random(0)
     rows = [[draw.choice((draw.randrange(3, 259), draw.randrange(3, 512))) for _ in range(40)] for _ in range(60)]
+    rows += [
+        [*tokenizer().encode("\ufeffa"), 300],
+        [3 + byte for byte in "\ufeff".encode()],
+        [3 + 0xF0, 3 + 0x9F, 300, 3 + 0xE2, 3 + 0x82],
+    ]
     told = engine.evaluate(
-        "rows => rows.map((ids) => { const row = new Row([1], {stop: [], max_tokens: 40}, words);"
+        "rows => rows.map((ids) => { const row = new Row([1], {stop: [], max_tokens: ids.length}, words);"
         " return ids.map((id) => row.push(id)).join('') })",
         rows,
     )
     assert told == [tokenizer().decode(ids) for ids in rows]
+
+
+def test_of_equally_likely_tokens_the_first_are_kept(engine):
+    """Four equals: half of the mass is the first two. Three of five numbers tie for the second place of two."""
+    chosen = """([logits, params]) => choose(Float32Array.from(logits),
+      {temperature: 1, top_k: 0, top_p: 1, min_p: 0, repetition_penalty: 1, ...params}, [], [], {uniform: () => 0.999})"""
+    assert engine.evaluate(chosen, [[1, 1, 1, 1], {}]) == 3
+    assert engine.evaluate(chosen, [[1, 1, 1, 1], {"top_p": 0.5}]) == 1
+    assert engine.evaluate(chosen, [[2, 1, 1, 1, 0], {"top_k": 2}]) == 3
+    assert engine.evaluate(chosen, [[2, 1, 1, 1, 0], {"min_p": 0.9}]) == 0
+    assert engine.evaluate(chosen, [[1, 1, 1, 1], {"temperature": 0}]) == 0
 
 
 def test_the_random_numbers_are_pythons(engine):
@@ -459,7 +488,7 @@ def test_without_a_seed_the_one_that_was_used_tells_the_story_again(visit):
 
 @pytest.mark.parametrize("how", ["button", "key"])
 def test_a_telling_stops_at_once_and_the_next_one_is_whole(how, visit, tmp_path):
-    data = page_bytes("llama")
+    data = endless_page()
     opened = visit(data)
     opened.page.evaluate("values.max_tokens = 1e7")
     opened["#tell"].click()
@@ -488,7 +517,7 @@ def test_a_browser_without_simd_is_told(visit):
 
 
 def test_text_never_becomes_an_element(visit):
-    opened = visit(page_bytes("llama"))
+    opened = visit(endless_page())
     elements = "document.querySelectorAll('*').length"
     for payload in PAYLOADS:
         opened["#prompt"].fill(payload)

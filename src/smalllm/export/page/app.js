@@ -145,10 +145,9 @@ function tell(prompt, text = "") {
   show();
 }
 
-/** The engine goes on for a moment; what it still says is of the past. */
+/** The engine goes on for a moment; nobody listens. */
 function stop() {
   port.postMessage({ stop: true });
-  number++;
   telling = false;
   story.finish = "stopped";
   speak(true);

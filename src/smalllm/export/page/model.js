@@ -40,7 +40,7 @@ class Model {
     this.#tables();
   }
 
-  /** Lay out what a step needs from a place on; the size of it. Ends of buffers stay zero. */
+  /** Lay out what a step needs from a place on; the size of it. Ends of buffers stay zero: matrices, biases and norms end in zeros. */
   #buffers(begin) {
     const c = this.#c, width = up(c.width, GROUP), qkv = (c.heads + 2 * c.kv_heads) * c.head_width;
     const half = c.positions === "rope" ? (c.context * c.head_width) / 2 : 0;
@@ -92,7 +92,6 @@ class Model {
       this.#product(at.normed, c.width, `${block}mlp.up`, at.y, false);
       if (c.gated) this.#hot.silu(at.y, at.y + c.hidden_width * F32, at.hidden, c.hidden_width);
       else this.#hot.gelu(at.y, at.hidden, c.hidden_width);
-      this.#clear(at.hidden, c.hidden_width);
       this.#product(at.hidden, c.hidden_width, `${block}mlp.down`, at.x, true);
     }
     if (!wanted) return null;
@@ -151,10 +150,5 @@ class Model {
     if (c.qk_norm) this.#norm(from, (place = at.head), norm, c.head_width);
     if (c.positions === "rope") this.#hot.rotate(place, at.cos + position * half * F32, at.sin + position * half * F32, half);
     return place;
-  }
-
-  /** Zeros behind the end of a buffer, up to a whole group. */
-  #clear(place, count) {
-    if (count % GROUP) this.#floats(place + count * F32, up(count, GROUP) - count).fill(0);
   }
 }
