@@ -276,6 +276,15 @@ def test_pickled_weights_are_refused_by_their_name(good: Path, name: str, tmp_pa
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize("kind", ["pickle 2", "pickle 4", "pickle 5", "torch zip", "torch legacy"])
+def test_a_pickle_is_not_taken_for_a_model_bin(kind: str, tmp_path: Path):
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(payload(kind, tmp_path / "canary", tmp_path))
+    with pytest.raises(UserError, match="pytorch_model.bin: pickle files are refused"):
+        llama2c.read(path)
+    assert not (tmp_path / "canary").exists()
+
+
 # ── names ──
 
 TRICKS = [

@@ -44,6 +44,7 @@ THETA = 10_000.0
 MAGIC = 0x616B3432  # "ak42"
 HEADER_V0, HEADER_V2, V2_BYTES = struct.Struct("<7i"), struct.Struct("<Ii7iBi"), 256
 GROUPS = (64, 32, 16, 8)  # weights that share a scale; smaller ones would hardly save anything
+PICKLES, WIDEST = (b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"), 1 << 16  # 640 begins like one, too
 LENGTH, RECORD = struct.Struct("<i"), struct.Struct("<fi")
 BYTES = range(3, FIXED_PIECES)
 MOST_TOKENIZER_BYTES = 1 << 26
@@ -225,9 +226,9 @@ def read(path: Path, tokenizer: Path | None = None) -> tuple[GPT, Tokenizer]:
     """
     if path.is_dir():
         path, tokenizer = path / MODEL, tokenizer or path / TOKENIZER
+    model = read_model(path)
     if tokenizer is None:
         raise UserError(f"{path} holds no vocabulary; give --tokenizer FILE, its tokenizer.bin or SentencePiece .model")
-    model = read_model(path)
     vocab_size = model.config.vocab_size
     words = Tokenizer.load(tokenizer) if tokenizer.suffix == ".model" else read_tokenizer(tokenizer, vocab_size)
     if words.vocab_size != vocab_size:
@@ -340,6 +341,8 @@ def read_header(file: IO[bytes], path: Path) -> Header:
     if magic != MAGIC:
         numbers, group = list(HEADER_V0.unpack(begin[: HEADER_V0.size])), 0
         tied, numbers[5] = numbers[5] > 0, abs(numbers[5])
+        if numbers[0] > WIDEST and begin.startswith(PICKLES):
+            raise UserError(f"{path}: pickle files are refused, since they can run code; convert it to safetensors")
     elif group not in GROUPS:
         raise UserError(f"{path} has groups of {group} weights, not {' or '.join(map(str, GROUPS))}; export it again")
     header = Header(_config(numbers, bool(tied), path), group)
