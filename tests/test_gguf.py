@@ -196,6 +196,16 @@ def edits(data: bytes) -> Iterator[tuple[str, bytes, str]]:
     yield "twice", data.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "twice"
     yield "epsilon", data.replace(struct.pack("<f", 1e-5), struct.pack("<f", 1e-6)), "epsilon"
     yield "cut", data[:-1], "beyond the file"
+    yield "infinity", data[:-4] + struct.pack("<f", float("inf")), "NaN or infinity"
+
+
+def test_an_infinite_scale_is_refused_without_a_warning(files, tmp_path):
+    data = bytearray(files("llama", "q8_0").read_bytes())
+    place = theirs.GGUFReader(files("llama", "q8_0")).tensors[0].data_offset
+    data[place : place + 4] = b"\x00\x7c\x00\x00"  # infinity, times 0
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(UserError, match="token_embd.weight holds NaN"):
+        gguf.read(tmp_path / "x.gguf")
 
 
 def test_damage_is_refused_in_a_sentence(files, tmp_path):

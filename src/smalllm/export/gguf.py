@@ -213,7 +213,7 @@ def read(path: Path) -> tuple[GPT, Tokenizer]:
         data = np.memmap(path, np.uint8, mode="r")
         fields, tensors, start = _header(data.data)
         config = _config(fields, tensors)
-        weights = {name: _weights(data, start, tensor) for name, tensor in _checked(tensors, config).items()}
+        weights = {name: _weights(data, start, name, tensor) for name, tensor in _checked(tensors, config).items()}
         return _model(weights, config), _tokenizer(fields, path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a GGUF file") from None
@@ -359,10 +359,13 @@ def _checked(tensors: Mapping[str, _Tensor], config: ModelConfig) -> Mapping[str
     return tensors
 
 
-def _weights(data: np.ndarray, start: int, tensor: _Tensor) -> Tensor:
+def _weights(data: np.ndarray, start: int, name: str, tensor: _Tensor) -> Tensor:
     begin, stored = start + tensor.offset, tensor.stored_shape
     stretch = np.array(data[begin : begin + math.prod(stored)]).reshape(stored)
-    values = gguf.dequantize(stretch, tensor.kind).astype(np.float32, copy=False)
+    with np.errstate(all="ignore"):  # zero times an infinite scale
+        values = gguf.dequantize(stretch, tensor.kind).astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise ValueError(f"tensor {name} holds NaN or infinity")
     return torch.from_numpy(np.ascontiguousarray(values)).reshape(tensor.shape)
 
 
