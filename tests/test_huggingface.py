@@ -352,6 +352,8 @@ WRONG = [
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE is scaled"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "RoPE is scaled"),
     ({"rope_theta": 5.0}, "rope_theta"),
+    ({"rope_parameters": None, "rope_theta": 10**400}, "rope_theta = 1000"),
+    ({"rope_parameters": None, "rope_theta": -1.0}, "rope_theta = -1.0 is not possible"),
     ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
     ({"tie_word_embeddings": False}, "lm_head.weight' is missing"),
     ({"tie_word_embeddings": 1}, "neither true nor false"),

@@ -158,7 +158,9 @@ def _theta(known: _Known) -> float:
     inner = next((place["rope_theta"] for place in places if "rope_theta" in place), None)
     found = [value for value in (top, inner) if value is not None] or [10_000.0]
     if any(isinstance(value, bool) or not isinstance(value, int | float) or value != found[0] for value in found):
-        known.refuse(f"rope_theta = {found[0]!r} is not one number")
+        known.refuse(f"rope_theta = {_shown(found[0])} is not one number")
+    if not 1.0 < found[0] < 1e30:
+        known.refuse(f"rope_theta = {_shown(found[0])} is not possible; it must be more than 1")
     return float(found[0])
 
 
