@@ -103,6 +103,14 @@ def test_reading_a_page_gives_the_rounded_weights_bit_for_bit(shape, tmp_path):
         assert (matrix == expected).all(), name
 
 
+def test_a_weight_that_is_not_what_it_was_makes_the_export_fail(tmp_path, monkeypatch):
+    run, pack = random_run(tmp_path / "run"), html.pack
+    monkeypatch.setattr(html, "pack", lambda weight: bytes([pack(weight)[0] ^ 1]) + pack(weight)[1:])
+    with pytest.raises(UserError, match=r"was read back and differs in embedding.weight"):
+        html.write(run, tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_rounding_by_hand():
     numbers, scales = html.quantize(np.array([[127.0, -63.5, 0.49, 0.0], [0, 0, 0, 0]], np.float32))
     assert numbers[:, 0, :5].tolist() == [[127, -64, 0, 0, 0], [0, 0, 0, 0, 0]]
@@ -367,19 +375,20 @@ def test_widths_that_fill_no_vector_and_pieces_that_have_no_text(model, visit, t
     assert visit(data).texts(PROMPTS) == own_texts(data, tmp_path, PROMPTS)
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        {}, {"top_k": 1}, {"top_k": 5, "seed": 123456}, {"top_p": 0.5}, {"min_p": 0.2}, {"repetition_penalty": 1.7},
-        {"temperature": 2.0, "top_k": 100, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 999_999_999_999_999},
-        {"temperature": 0.0, "repetition_penalty": 1.3}, {"stop": ["e", "th"]}, {"stop": [" ", "\n"], "temperature": 0.0},
-        {"max_tokens": 1},
-    ],
-)  # fmt: skip
-def test_settings_and_seeds_mean_what_they_mean_in_the_terminal(params, visit, tmp_path):
+SAMPLING: list[dict[str, Any]] = [
+    {}, {"top_k": 1}, {"top_k": 5, "seed": 123456}, {"top_p": 0.5}, {"min_p": 0.2}, {"repetition_penalty": 1.7},
+    {"temperature": 2.0, "top_k": 100, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1, "seed": 999_999_999_999_999},
+    {"temperature": 0.0, "repetition_penalty": 1.3}, {"stop": ["e", "th"]}, {"stop": [" ", "\n"], "temperature": 0.0},
+    {"max_tokens": 1},
+]  # fmt: skip
+
+
+def test_settings_and_seeds_mean_what_they_mean_in_the_terminal(visit, tmp_path):
     data = page_bytes("qwen3-untied")
-    params = {"temperature": 0.8, "max_tokens": 30} | params
-    assert visit(data).texts(PROMPTS, **params) == own_texts(data, tmp_path, PROMPTS, **params)
+    opened = visit(data)
+    for changes in SAMPLING:
+        params = {"temperature": 0.8, "max_tokens": 30} | changes
+        assert opened.texts(PROMPTS, **params) == own_texts(data, tmp_path, PROMPTS, **params), changes
 
 
 @pytest.fixture(scope="module")

@@ -60,14 +60,29 @@ LONGEST_NAME = 120
 
 
 def write(run: LoadedRun, out: Path, dtype: str = "int8", card: Card | None = None) -> None:
-    """Write the page ``out``, whole or not at all. UserError for a type other than int8, a model that no page can hold and a
-    vocabulary that does more than merge."""
+    """Write the page ``out``, whole or not at all, and read it back. UserError for a type other than int8, a model that no page
+    can hold and a vocabulary that does more than merge."""
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} has no place in a page; use {DTYPES[0]}")
     name = card.name if card else run.folder.path.name
     page = page_of(run.model, run.tokenizer, name[:LONGEST_NAME], run.step)
     with replacing(out) as temporary:
         temporary.write_bytes(page)
+        check(temporary, run.model, run.tokenizer)
+
+
+def check(path: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """UserError unless a page holds this vocabulary and these weights, rounded, bit for bit."""
+    found, words = read(path)
+    weights = model_weights(found)
+    wrong = ["the vocabulary"] if words.model_bytes != tokenizer.model_bytes else []
+    for name, tensor in model_weights(model).items():
+        numbers = _finite(name, tensor)
+        expected = dequantize(*quantize(numbers), numbers.shape[1]) if _packed(name, numbers.shape) else numbers
+        if not np.array_equal(weights[name].detach().numpy(), expected):
+            wrong.append(name)
+    if wrong:
+        raise UserError(f"{path} was read back and differs in {wrong[0]}; check the disk, and export it again")
 
 
 def page_of(model: GPT, tokenizer: Tokenizer, name: str, step: int) -> bytes:
@@ -177,7 +192,7 @@ def _sections(config: ModelConfig, tokenizer_bytes: int) -> list[Section]:
     sections = [Section("tokenizer", 0, tokenizer_bytes)]
     sections.append(Section("decoder", sections[-1].end, len(decoder_bytes())))
     for name, shape in _shapes(config):
-        packed = len(shape) == 2 and name != "position_embedding.weight"
+        packed = _packed(name, shape)
         size = _packed_bytes(*shape) if packed else 4 * _up(int(np.prod(shape)), LANES)
         sections.append(Section(name, sections[-1].end, size, shape, packed))
     return sections
@@ -188,6 +203,10 @@ def _shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     with torch.device("meta"):
         weights = model_weights(GPT(config))
     yield from ((name, tuple(tensor.shape)) for name, tensor in weights.items())
+
+
+def _packed(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name != "position_embedding.weight"
 
 
 def _packed_bytes(outputs: int, inputs: int) -> int:
