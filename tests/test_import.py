@@ -140,7 +140,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, asked):
         ("nowhere", "does not exist"),
         ("empty", "config.json: No such file"),
         ("archive.tar.gz", "is not a folder; unpack archives first"),
-        ("weights.bin", "give --tokenizer"),
+        ("weights.bin", "weights.bin"),
         ("m.gguf", "m.gguf"),
     ]
     before = sorted(tmp_path.iterdir())
