@@ -179,9 +179,11 @@ def edits(data: bytes) -> Iterator[tuple[str, bytes, str]]:
     yield "tensors", data[:8] + struct.pack("<Q", 2**62) + data[16:], "whole GGUF"
     yield "fields", data[:16] + struct.pack("<Q", 2**62) + data[24:], "whole GGUF"
     yield "architecture", data.replace(field + b"llama", field + b"mamba"), "'mamba' is none of"
-    for key, code in (("llama.block_count", "I"), ("llama.embedding_length", "I"), ("llama.context_length", "I")):
+    for key in ("llama.block_count", "llama.embedding_length", "llama.context_length"):
         place = data.index(key.encode()) + len(key) + 4
-        yield key, data[:place] + struct.pack(f"<{code}", 2**32 - 1) + data[place + 4 :], "x.gguf: "
+        yield key, data[:place] + struct.pack("<I", 2**32 - 1) + data[place + 4 :], "x.gguf: "
+    place = data.index(b"llama.block_count") + 21
+    yield "layers", data[:place] + struct.pack("<I", 1000) + data[place + 4 :], "1000 layers but only 20 tensors"
     place = data.index(b"tokenizer.ggml.scores") + 21 + 8
     yield "list", data[:place] + struct.pack("<Q", 2**62) + data[place + 8 :], "within its header"
     place = data.index(b"tokenizer.ggml.tokens") + 21 + 8
@@ -197,6 +199,12 @@ def edits(data: bytes) -> Iterator[tuple[str, bytes, str]]:
     yield "epsilon", data.replace(struct.pack("<f", 1e-5), struct.pack("<f", 1e-6)), "epsilon"
     yield "cut", data[:-1], "beyond the file"
     yield "infinity", data[:-4] + struct.pack("<f", float("inf")), "NaN or infinity"
+
+
+def test_a_context_is_not_worth_any_memory(files, monkeypatch):
+    monkeypatch.setattr(gguf, "ROPE_BYTES", 16 * 64 * 16 - 1)
+    with pytest.raises(UserError, match="a context of 64 is too long for heads 16 wide"):
+        gguf.read(files("llama"))
 
 
 def test_an_infinite_scale_is_refused_without_a_warning(files, tmp_path):
@@ -404,6 +412,14 @@ def spoken(other: llamacpp.LlamaCpp, messages: list[Message]) -> list[int]:
     """The ids of a conversation as llama.cpp's server makes them."""
     text = other.template([{"role": message.role, "content": message.content} for message in messages])
     return other._ask("tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+
+
+@needs_llamacpp
+def test_no_proxy_is_asked(files, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with llamacpp.LlamaCpp(files("llama")) as other:
+        assert other.encode("the cat") == tokenizer().encode("the cat")
 
 
 @needs_llamacpp
