@@ -183,6 +183,9 @@ def test_tutorial_runs_from_the_first_command_to_the_last(tmp_path, monkeypatch,
         assert code == 0, f"smalllm {shlex.join(words)}\n{told.out}\n{told.err}"
         assert told.out.strip(), f"smalllm {shlex.join(words)} says nothing"
     _check_tree(tmp_path)
+    assert (
+        run(["export", "runs/quickstart", "--to", "huggingface", "--out", "my-stories"]) == 0
+    )  # docs/export.md reads it
     with serving(tmp_path / "runs" / "quickstart") as service:
         for page in (ROOT / "docs").glob("*.md"):
             for number, block in enumerate(_python_blocks(page)):
