@@ -114,6 +114,7 @@ def table(results: Sequence[Result]) -> str:
 def race(exports: dict[str, Path], question: dict[str, Any], options: argparse.Namespace) -> list[Result]:
     """Every reader of every export, in turns."""
     figures: dict[tuple[str, str], list[dict[str, float]]] = {}
+    sizes = {name: megabytes(file) for name, file in exports.items()}
     for number in range(options.repeats):
         for name, file in exports.items():
             for reader in readers(name, options):
@@ -124,7 +125,7 @@ def race(exports: dict[str, Path], question: dict[str, Any], options: argparse.N
                     print(f"left out: {error}", file=sys.stderr)
     return [
         Result(
-            name, megabytes(exports[name]), reader, median(one["load"] for one in own),
+            name, sizes[name], reader, median(one["load"] for one in own),
             median(one["rate"] for one in own), [one["rate"] for one in own], [one["load"] for one in own],
         )
         for (name, reader), own in figures.items() if own
