@@ -1,7 +1,7 @@
 """Is a GGUF file the model? llama.cpp answers: the same greedy texts, bits per byte of each type, and texts cut alike.
 
-    uv run --with xllamacpp python benchmarks/export_gguf.py
-    uv run --with xllamacpp python benchmarks/export_gguf.py --run runs/quickstart --run runs/stories --text storyworld:200
+    uv run python benchmarks/export_gguf.py
+    uv run python benchmarks/export_gguf.py --run runs/quickstart --run runs/stories --text storyworld:200
 
 Without --run the models are small ones of the four architectures with random weights. Greedy: in float32, 64 tokens after each
 of 50 beginnings; texts are equal, or part at a tie (our two best logits there are less than 0.001 apart), or differ. Bits per
