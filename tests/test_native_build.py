@@ -63,6 +63,8 @@ def test_several_threads_get_one_library(cache_folder: Path):
 @needs_native
 def test_begin_builds_beside_other_work_and_swallows_what_fails(tmp_path: Path):
     build.begin("toy")
+    build.wait()
+    assert len(list(build.cache_folder().glob("toy-*.so"))) == 1
     assert build.load("toy").answer() == 42
     (tmp_path / "broken.cpp").write_text("no C++")
     build.begin("broken")

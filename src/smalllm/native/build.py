@@ -36,6 +36,7 @@ class Unavailable(RuntimeError):
 
 
 _locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+_building: list[threading.Thread] = []
 
 
 def load(name: str) -> ctypes.CDLL:
@@ -72,7 +73,15 @@ def begin(*names: str) -> None:
             with contextlib.suppress(Unavailable):
                 load(name)
 
-    threading.Thread(target=quietly, name=f"build {' '.join(names)}", daemon=True).start()
+    thread = threading.Thread(target=quietly, name=f"build {' '.join(names)}", daemon=True)
+    _building.append(thread)
+    thread.start()
+
+
+def wait() -> None:
+    """Let what was begun be finished: a compiler beside it would spoil what is to be measured."""
+    while _building:
+        _building.pop().join()
 
 
 def compiler() -> str | None:

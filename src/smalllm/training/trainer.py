@@ -41,6 +41,7 @@ from smalllm.evaluation import Evaluation, score_documents, storyworld_floor
 from smalllm.generation import Generator, SamplingParams
 from smalllm.metrics import Display, MetricsLog, Record, Silence, Sinks, Throughput, json_safe, model_flops_utilization
 from smalllm.model import GPT
+from smalllm.native import build
 from smalllm.preflight import preflight, require
 from smalllm.runtime import (
     Execution,
@@ -330,6 +331,7 @@ class Trainer:
 
     def accelerate(self, checkpoint: Checkpoint | None) -> None:
         """Run the blocks as fast as this machine can; a resumed run as it did before, since other kernels round otherwise."""
+        build.wait()
         wish, before = self.config.train.compile, checkpoint.state().get("execution") if checkpoint else None
         if wish == "auto" and before == "plain":
             wish = "off"
