@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.gguf_file import write_gguf
 from peers.models import SHAPES, forbidden, prompts, random_run, regret
 from peers.race import Racer, environment, race, ratio
 from torch.nn.functional import cross_entropy
@@ -46,6 +45,7 @@ from smalllm.config import UserError
 from smalllm.data.sources import documents
 from smalllm.decoder import Decoder, make_decoder
 from smalllm.evaluation import bootstrap_interval, windows
+from smalllm.export import gguf
 from smalllm.native.decode import Part
 
 OURS = ("smalllm-int8", "smalllm-bf16", "smalllm-fp32")
@@ -82,7 +82,7 @@ def command(name: str, run: LoadedRun, folder: Path, rows: int, options: argpars
     who, _, precision = name.rpartition("-")
     file = folder / f"{precision}.gguf"
     if not file.exists():
-        write_gguf(file, run.model, run.tokenizer, precision)
+        gguf.write(run, file, precision)
     sizes += ["--slots", str(rows), "--context", str(run.model.config.context)]
     native = ["--binary", str(options.llama_server)] if who == "llama-server" else []
     return [sys.executable, "-m", "peers.llamacpp", str(file), *sizes, *native]

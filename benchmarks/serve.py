@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from peers.gguf_file import write_gguf
 from peers.models import PROMPT_TOKENS, SHAPES, prompts, random_run
 from peers.race import Racer, ratio
 from peers.servers import Server, llama_server, smalllm_server
@@ -34,6 +33,7 @@ from train_throughput import run as run_script
 from smalllm import hardware
 from smalllm.checkpoint import LoadedRun, open_run
 from smalllm.config import UserError
+from smalllm.export import gguf
 
 PEERS = ("llama.cpp-q8_0", "llama.cpp-f16")
 NATIVE = ("llama-server-q8_0", "llama-server-f16")
@@ -207,7 +207,7 @@ def start(name: str, run: LoadedRun, folder: Path, options: argparse.Namespace) 
     who, _, precision = name.rpartition("-")
     file = folder / f"{precision}.gguf"
     if not file.exists():
-        write_gguf(file, run.model, run.tokenizer, precision)
+        gguf.write(run, file, precision)
     binary = options.llama_server if who == "llama-server" else None
     return llama_server(name, file, options.threads, options.slots, run.model.config.context, binary)
 

@@ -15,6 +15,7 @@ from peers.models import transformers_model
 from peers.race import answer_questions, own_output
 from smalllm.checkpoint import LoadedRun, open_run
 from smalllm.config import UserError
+from smalllm.generation import Batch, Row, SamplingParams
 
 Decode = Callable[[dict[str, Any]], dict[str, Any]]
 """Answers ``prompts`` with exactly ``tokens`` ids each, greedily, never with an id of ``forbidden``."""
@@ -25,7 +26,7 @@ def make_decoder(name: str, run: LoadedRun, rows: int) -> Decode:
     who, _, weights = name.partition("-")
     if who == "smalllm":
         return smalllm_decoder(run, rows, weights)
-    model = transformers_model(run.model).to(torch.bfloat16 if weights == "bf16" else torch.float32)
+    model = transformers_model(run).to(torch.bfloat16 if weights == "bf16" else torch.float32)
     return lambda question: transformers_decode(model, question)
 
 
@@ -34,10 +35,6 @@ def make_decoder(name: str, run: LoadedRun, rows: int) -> Decode:
 
 def smalllm_decoder(run: LoadedRun, rows: int, weights: str) -> Decode:
     """Our decoder, with weights in this form (fp32, bf16, int8, or auto: what it chooses by itself)."""
-    try:
-        from smalllm.generation import Batch, Row, SamplingParams
-    except ImportError:
-        raise UserError("this SmallLM has no Batch; take a newer one, or leave its contenders out") from None
     batch = Batch(run.model, run.tokenizer, slots=rows, weights=weights)
 
     def decode(question: dict[str, Any]) -> dict[str, Any]:

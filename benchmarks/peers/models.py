@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import sentencepiece
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smalllm.checkpoint import LoadedRun, RunFolder, Snapshot, model_weights
-from smalllm.config import ModelConfig, UserError, load_recipe
+from smalllm.config import load_recipe
 from smalllm.data import storyworld
-from smalllm.model import GPT, NORM_EPS
+from smalllm.export import huggingface
+from smalllm.model import GPT
 from smalllm.tokenizer import Tokenizer
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -92,81 +94,10 @@ def forbidden(tokenizer: Tokenizer) -> list[int]:
 # ── the same weights in transformers ──
 
 
-def transformers_model(model: GPT) -> nn.Module:
-    """A transformers model that computes what ours does, with its weights."""
+def transformers_model(run: LoadedRun) -> nn.Module:
+    """The run's export as transformers reads it, in float32."""
     import transformers
 
-    shape = model.config
-    tied, rope = shape.tie_embeddings, {"rope_theta": shape.theta, "rope_type": "default"}
-    sizes: dict[str, Any] = {
-        "vocab_size": shape.vocab_size, "hidden_size": shape.width, "intermediate_size": shape.hidden_width,
-        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "head_dim": shape.head_width,
-        "num_key_value_heads": shape.key_value_heads, "max_position_embeddings": shape.context, "rope_parameters": rope,
-        "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": None,
-    }  # fmt: skip
-    match shape.architecture:
-        case "llama":
-            config = transformers.LlamaConfig(**sizes, rms_norm_eps=NORM_EPS)
-            twin = transformers.LlamaForCausalLM(config)
-        case "qwen3":
-            config = transformers.Qwen3Config(**sizes, rms_norm_eps=NORM_EPS)
-            twin = transformers.Qwen3ForCausalLM(config)
-        case "starcoder2":
-            del sizes["head_dim"]
-            config = transformers.Starcoder2Config(**sizes, norm_epsilon=NORM_EPS, use_bias=shape.bias)
-            twin = transformers.Starcoder2ForCausalLM(config)
-        case other:
-            raise UserError(f"there is no {other} contender of transformers here; leave the transformers ones out")
-    weights = transformers_weights(model)
-    missing, unexpected = twin.load_state_dict(weights, strict=False)
-    left = set(missing) - ({"lm_head.weight"} if tied else set())
-    if left or unexpected:
-        raise UserError(
-            f"transformers has other names for {sorted([*left, *unexpected])[0]}; use the version of uv.lock"
-        )
-    return twin.eval()
-
-
-def transformers_weights(model: GPT) -> dict[str, Tensor]:
-    """Our weights under the names of transformers."""
-    names = TRANSFORMERS_NAMES | (STARCODER2_NAMES if model.config.architecture == "starcoder2" else {})
-    found = {}
-    for name, tensor in parts(model).items():
-        theirs = ".".join(names.get(part, part) for part in name.split("."))
-        found[theirs if name.startswith("head.") else f"model.{theirs}"] = tensor
-    if model.config.architecture == "starcoder2":  # its LayerNorms always have a bias
-        for name in [name for name in found if name.endswith("norm.weight")]:
-            found.setdefault(name.replace("weight", "bias"), torch.zeros_like(found[name]))
-    return found
-
-
-TRANSFORMERS_NAMES = {
-    "blocks": "layers", "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-    "attention": "self_attn", "query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj",
-    "gate": "gate_proj", "up": "up_proj", "down": "down_proj", "embedding": "embed_tokens", "head": "lm_head",
-}  # fmt: skip
-STARCODER2_NAMES = {"up": "c_fc", "down": "c_proj"}
-
-
-# ── matrices apart ──
-
-
-def parts(model: GPT) -> dict[str, Tensor]:
-    """Our weights with the matrices that hold several apart: query, key and value; gate and up."""
-    fused = fused_matrices(model.config)
-    found: dict[str, Tensor] = {}
-    for name, tensor in model_weights(model).items():
-        *place, matrix, kind = name.split(".")
-        names, sizes = fused.get(matrix, ([matrix], [len(tensor)]))
-        for part, piece in zip(names, tensor.split(sizes), strict=True):
-            found[".".join([*place, part, kind])] = piece
-    return found
-
-
-def fused_matrices(config: ModelConfig) -> dict[str, tuple[list[str], list[int]]]:
-    """Names of the parts and their rows, for each of our matrices that holds several."""
-    kept = config.key_value_heads * config.head_width
-    found = {"qkv": (["query", "key", "value"], [config.width, kept, kept])}
-    if config.activation == "swiglu":
-        found["up"] = (["gate", "up"], [config.hidden_width] * 2)
-    return found
+    with TemporaryDirectory(prefix="transformers-") as folder:
+        huggingface.write(run, Path(folder) / "model", "f32")
+        return transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()

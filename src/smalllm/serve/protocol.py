@@ -10,6 +10,7 @@ import json
 import math
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -106,9 +107,9 @@ class Request(_Strict):
         return self.n or 1
 
     @property
+    @abstractmethod
     def top_logprobs_wanted(self) -> int | None:
         """Alternatives to tell beside the log-probability of each token; None: tell neither."""
-        raise NotImplementedError
 
     @property
     def tokens_wanted(self) -> int:
@@ -270,7 +271,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-class Answer:
+class Answer(ABC):
     """The answer to one request in OpenAI's shape, whole or as events.
 
     Subclasses say what a choice looks like. Tokens come as the engine made them; text is that of the tokens joined, so
@@ -340,14 +341,14 @@ class Answer:
     def _tells_logprobs(self, tokens: Sequence[Token]) -> bool:
         return self.request.top_logprobs_wanted is not None and bool(tokens)
 
-    def _choice(self, index: int, tokens: Sequence[Token], reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, index: int, tokens: Sequence[Token], reason: str) -> dict[str, Any]: ...
 
-    def _content(self, text: str) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _content(self, text: str) -> bytes: ...
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]: ...
 
     def _spelled(self, id: int) -> str:
         return self.tokenizer.decode([id])
