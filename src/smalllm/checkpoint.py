@@ -147,14 +147,20 @@ class Checkpoint:
 
     def load_model(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
         """The model in eval mode. Nothing is allocated before names and shapes are known to fit."""
-        with torch.device("meta"):
-            model = GPT(self.model_config())
+        config = self.model_config()
         weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.weights().items()}
-        check_weights(model, weights, str(self.path / "model.safetensors"))
-        model.load_state_dict(weights, strict=False, assign=True)
-        model.tie()
-        model.rebuild_tables()
-        return model.to(device).eval()
+        return assemble(config, weights, str(self.path / "model.safetensors")).to(device)
+
+
+def assemble(config: ModelConfig, weights: Mapping[str, Tensor], origin: str) -> GPT:
+    """A model in eval mode that holds these very tensors; UserError naming ``origin`` unless names and shapes are its own."""
+    with torch.device("meta"):
+        model = GPT(config)
+    check_weights(model, weights, origin)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie()
+    model.rebuild_tables()
+    return model.eval()
 
 
 def model_weights(model: GPT) -> dict[str, Tensor]:

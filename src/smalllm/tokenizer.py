@@ -318,36 +318,41 @@ def _byte_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int]:
 def _merges_only(model: bytes) -> bool:
     """Does this model only merge symbols and spell the rest in bytes? The numbers are those of sentencepiece_model.proto."""
     try:
-        fields = list(_protobuf_fields(model))
+        fields = list(protobuf_fields(model))
         trainer, normalizer = (
-            dict(_protobuf_fields(b"".join(value for number, value in fields if number == wanted))) for wanted in (2, 3)
+            dict(protobuf_fields(b"".join(value for number, value in fields if number == wanted))) for wanted in (2, 3)
         )
-    except (KeyError, IndexError, TypeError):  # some other wire format that SentencePiece can read
+    except (ValueError, IndexError, TypeError):  # some other wire format that SentencePiece can read
         return False
     model_type, byte_fallback, charsmap = trainer.get(3), trainer.get(35), normalizer.get(2)
     return model_type == BPE and byte_fallback == 1 and not charsmap
 
 
-def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every field of a serialized message; the value is an int, or bytes."""
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every field of a serialized message, an int or bytes; ValueError or IndexError when it is cut off."""
     place = 0
     while place < len(message):
         key, place = _varint(message, place)
         if key & 7 == 0:
             value, place = _varint(message, place)
             yield key >> 3, value
-        else:
-            size, place = _varint(message, place) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], place)
-            yield key >> 3, message[place : place + size]
-            place += size
+            continue
+        size, place = _varint(message, place) if key & 7 == 2 else ({1: 8, 5: 4}.get(key & 7, -1), place)
+        if not 0 <= size <= len(message) - place:
+            raise ValueError("a field is longer than its message")
+        yield key >> 3, message[place : place + size]
+        place += size
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:
     """The number that begins at `place`, and where it ends."""
-    value, shift = 0, 0
-    while message[place] >= 128:
-        value, place, shift = value | (message[place] & 127) << shift, place + 1, shift + 7
-    return value | message[place] << shift, place + 1
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[place + shift // 7]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place + shift // 7 + 1
+    raise ValueError("a number is too long")
 
 
 def _laid_out(texts: Sequence[bytes]) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:

@@ -118,11 +118,7 @@ def _train(words: tuple[str, ...], seconds: float, json_output: bool, started: f
         closing(TrainingBench(config, Path(folder), display, started)) as measured,
     ):
         speed = measured.speed(seconds)
-    if json_output:
-        print(json.dumps(dataclasses.asdict(speed)))
-    else:
-        Console(markup=False, emoji=False, highlight=False).print(measured.table(speed))
-    return 0
+    return _tell(speed, measured.table(speed), json_output)
 
 
 def _decode(
@@ -133,10 +129,14 @@ def _decode(
     build.begin("decode")
     measured = DecodingBench(*model_of(words), batch, weights, started)
     speed = measured.speed(seconds)
-    if json_output:
+    return _tell(speed, measured.table(speed), json_output)
+
+
+def _tell(speed: TrainingSpeed | DecodingSpeed, table: Table, as_json: bool) -> int:
+    if as_json:
         print(json.dumps(dataclasses.asdict(speed)))
     else:
-        Console(markup=False, emoji=False, highlight=False).print(measured.table(speed))
+        Console(markup=False, emoji=False, highlight=False).print(table)
     return 0
 
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from smalllm.checkpoint import LoadedRun, model_weights
+from smalllm.checkpoint import LoadedRun, assemble, model_weights
 from smalllm.config import ModelConfig, UserError
 from smalllm.conversation import CONTROL, has_turns, stop_ids
 from smalllm.export.card import UNKNOWN_LICENCE, Card
@@ -214,7 +214,7 @@ def read(path: Path) -> tuple[GPT, Tokenizer]:
         fields, tensors, start = _header(data.data)
         config = _config(fields, tensors)
         weights = {name: _weights(data, start, name, tensor) for name, tensor in _checked(tensors, config).items()}
-        return _model(weights, config), _tokenizer(fields, path)
+        return _model(weights, config, path), _tokenizer(fields, path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a GGUF file") from None
     except UserError as error:
@@ -369,16 +369,11 @@ def _weights(data: np.ndarray, start: int, name: str, tensor: _Tensor) -> Tensor
     return torch.from_numpy(np.ascontiguousarray(values)).reshape(tensor.shape)
 
 
-def _model(weights: Weights, config: ModelConfig) -> GPT:
+def _model(weights: Weights, config: ModelConfig, path: Path) -> GPT:
     """The model in eval mode; biases that are all zero are left out of it."""
     if config.bias and not any(tensor.any() for name, tensor in weights.items() if name.endswith(".bias")):
         config = config.model_copy(update={"bias": False})
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(from_gguf(weights, config), strict=False, assign=True)
-    model.tie()
-    model.rebuild_tables()
-    return model.eval()
+    return assemble(config, from_gguf(weights, config), str(path))
 
 
 def _tokenizer(fields: Mapping[str, Any], path: Path) -> Tokenizer:

@@ -29,7 +29,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from smalllm.checkpoint import LoadedRun, check_weights, model_weights
+from smalllm.checkpoint import LoadedRun, assemble, model_weights
 from smalllm.config import ModelConfig, UserError
 from smalllm.conversation import stop_ids
 from smalllm.export import fast_tokenizer, huggingface_config
@@ -121,14 +121,8 @@ def read(path: Path, tokenizer: Path | None = None) -> tuple[GPT, Tokenizer]:
     _check_memory(told.config, path)
     words = _tokenizer(tokenizer or path / "tokenizer.model", told.config)
     weights, config = _weights(path, told)
-    with torch.device("meta"):
-        model = GPT(config)
     own = _with_our_epsilon(from_huggingface(weights, config), config, told.epsilon)
-    check_weights(model, own, str(path))
-    model.load_state_dict(own, strict=False, assign=True)
-    model.tie()
-    model.rebuild_tables()
-    return model.eval(), words
+    return assemble(config, own, str(path)), words
 
 
 def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:

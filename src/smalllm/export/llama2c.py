@@ -29,7 +29,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from smalllm.checkpoint import LoadedRun, model_weights
+from smalllm.checkpoint import LoadedRun, assemble, model_weights
 from smalllm.config import ModelConfig, UserError
 from smalllm.export.card import Card
 from smalllm.export.destination import replacing
@@ -329,7 +329,7 @@ def read_model(path: Path) -> GPT:
         raise UserError(f"{path}: {error.strerror}; give a model.bin of llama2.c") from None
     except _Short:
         raise UserError(f"{path} became shorter while it was read; copy it again") from None
-    return _model(header.config, weights)
+    return assemble(header.config, from_gguf(weights, header.config), str(path))
 
 
 def read_header(file: IO[bytes], path: Path) -> Header:
@@ -420,13 +420,3 @@ def _read(file: IO[bytes], shape: tuple[int, ...], kind: str = "<f4") -> Tensor:
     if len(data) != size:
         raise _Short
     return torch.from_numpy(np.frombuffer(data, kind).astype(np.float32).reshape(shape))
-
-
-def _model(config: ModelConfig, weights: Weights) -> GPT:
-    """A model that holds these tensors."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(from_gguf(weights, config), strict=False, assign=True)
-    model.tie()
-    model.rebuild_tables()
-    return model.eval()

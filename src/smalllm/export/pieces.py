@@ -7,12 +7,12 @@ sentencepiece_model.proto (github.com/google/sentencepiece). Reading never trust
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
 from smalllm.config import UserError
-from smalllm.tokenizer import BOS, BPE, EOS, UNK
+from smalllm.tokenizer import BOS, BPE, EOS, UNK, protobuf_fields
 
 
 class Kind(IntEnum):
@@ -42,7 +42,7 @@ def pieces_of(model: bytes) -> list[Piece]:
     '▁a'
     """
     try:
-        return [_piece(value) for number, value in _fields(model) if number == 1 and isinstance(value, bytes)]
+        return [_piece(value) for number, value in protobuf_fields(model) if number == 1 and isinstance(value, bytes)]
     except (ValueError, IndexError, struct.error):
         raise UserError("the tokenizer is not a SentencePiece model; train one with `smalllm prepare`") from None
 
@@ -81,8 +81,10 @@ def puts_space_first(model: bytes) -> bool:
     (False, True)
     """
     try:
-        normalizer = b"".join(value for number, value in _fields(model) if number == 3 and isinstance(value, bytes))
-        return dict(_fields(normalizer)).get(3, 1) != 0
+        normalizer = b"".join(
+            value for number, value in protobuf_fields(model) if number == 3 and isinstance(value, bytes)
+        )
+        return dict(protobuf_fields(normalizer)).get(3, 1) != 0
     except (ValueError, IndexError):
         return False
 
@@ -92,7 +94,7 @@ def puts_space_first(model: bytes) -> bool:
 
 def _piece(message: bytes) -> Piece:
     text, score, kind = "", 0.0, Kind.NORMAL
-    for number, value in _fields(message):
+    for number, value in protobuf_fields(message):
         if number == 1 and isinstance(value, bytes):
             text = value.decode()
         elif number == 2 and isinstance(value, bytes):
@@ -100,32 +102,6 @@ def _piece(message: bytes) -> Piece:
         elif number == 3 and isinstance(value, int):
             kind = Kind(value)
     return Piece(text, score, kind)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of every field of a serialized message; ValueError or IndexError when it is cut off."""
-    place = 0
-    while place < len(message):
-        key, place = _varint(message, place)
-        if key & 7 == 0:
-            value, place = _varint(message, place)
-            yield key >> 3, value
-            continue
-        size, place = _varint(message, place) if key & 7 == 2 else ({1: 8, 5: 4}.get(key & 7, -1), place)
-        if not 0 <= size <= len(message) - place:
-            raise ValueError("a field is longer than its message")
-        yield key >> 3, message[place : place + size]
-        place += size
-
-
-def _varint(message: bytes, place: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[place + shift // 7]
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place + shift // 7 + 1
-    raise ValueError("a number is too long")
 
 
 # ── writing ──
