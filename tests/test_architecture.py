@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "smalllm"
 
 # A module imports only what stands before it. docs/architecture.md shows the same list.
 ORDER = [
-    "terminal", "config", "hardware", "native.build", "native.words", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
+    "terminal", "untrusted", "config", "hardware", "native.build", "native.words", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
     "data.shards", "data.storyworld", "data.sources", "data.prepare", "data.batches",
     "decoder", "generation", "evaluation", "preflight",
     "training.schedule", "training.optimizer", "training.objectives", "training.trainer",
