@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 import numpy as np
@@ -205,9 +206,35 @@ def test_an_error_while_prefetching_reaches_the_step_that_needs_it():
     batches = Batches(Documents([5, 9, 4]), 6, 6, seed=0)
     prefetch = Prefetch(batches)
     prefetch.step(0, 1)
-    prefetch.coming[1].result()
+    prefetch.coming.thread.join()
     batches.split.read = lambda start, count: (_ for _ in ()).throw(UserError("the shard is gone"))
     prefetch.step(1, 1)  # made before
     with pytest.raises(UserError, match="the shard is gone"):
         prefetch.step(2, 1)
     prefetch.close()
+
+
+def test_a_dead_thread_is_an_error_and_no_hang():
+    prefetch = Prefetch(Batches(Documents([5, 9, 4]), 6, 6, seed=0))
+    prefetch.step(0, 1)
+    prefetch.coming.thread.join()
+    prefetch.coming._made = None
+    with pytest.raises(UserError, match="the thread that reads the data of step 1 died"):
+        prefetch.step(1, 1)
+
+
+def test_a_slow_disk_is_told_once_and_one_that_never_answers_is_an_error():
+    batches, answer, told = Batches(Documents([5, 9, 4]), 6, 6, seed=0), threading.Event(), []
+    prefetch = Prefetch(batches, warn=told.append, slow=0.01, patience=0.05)
+    read, batches.split.read = batches.split.read, lambda start, count: answer.wait(10) and read(start, count)
+    with pytest.raises(UserError, match=r"the data of step 0 did not come within 0.05 s; check its disk"):
+        prefetch.step(0, 1)
+    assert told == ["step 0 waits for its data; is the disk of train slow?"] and prefetch.waited > 0.04
+    answer.set()
+    assert len(prefetch.step(0, 1)) == 1
+    prefetch.close()
+
+
+def test_a_split_of_single_tokens_is_refused():
+    with pytest.raises(UserError, match="the train split holds no token to learn"):
+        Batches(Documents([1, 1, 1]), 8, 8, seed=0, packing="documents")

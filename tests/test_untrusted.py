@@ -18,7 +18,9 @@ def test_a_small_file_is_read(tmp_path: Path):
     assert error.value.strerror == "it has 3 bytes, more than the 2 of any such file"
 
 
-@pytest.mark.parametrize("thing", ["pipe", "folder", "device", "loop", "missing", "sparse", "a\0b", "a\ud800", "x" * 5000])
+@pytest.mark.parametrize(
+    "thing", ["pipe", "folder", "device", "loop", "missing", "sparse", "a\0b", "a\ud800", "x" * 5000]
+)
 def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, thing: str):
     path = tmp_path / thing
     match thing:

@@ -32,12 +32,14 @@ import sentencepiece
 from smalllm.config import UserError
 from smalllm.native.build import Unavailable
 from smalllm.native.words import Found, Words, bounds_of, fill, flattened
+from smalllm.untrusted import content
 
 UNK, BOS, EOS = 0, 1, 2
 SPACE_MARK = "\u2581"
 REPLACEMENT = "\ufffd".encode()
 FIXED_PIECES = 3 + 256  # <unk>, <s>, </s> and one piece for each byte
 MAX_PIECES = 1 << 20
+LARGEST_MODEL = 1 << 26  # bytes of a .model file
 LONGEST_PART = 1 << 16  # characters given to SentencePiece at once: bounds its memory on a 100 MB line
 LONGEST_SENTENCE = 1 << 13  # characters; SentencePiece fails on words beyond 65,535 characters
 TRAINING_THREADS = 4  # a constant, because SentencePiece writes it into the model
@@ -128,7 +130,7 @@ class Tokenizer:
     def load(cls, path: Path) -> Tokenizer:
         """Read a SentencePiece .model file; UserError when it is missing, damaged or would lose text."""
         try:
-            return cls(Path(path).read_bytes(), str(path))
+            return cls(content(Path(path), LARGEST_MODEL), str(path))
         except OSError as error:
             raise UserError(f"bad tokenizer {path}: {error.strerror}; give a SentencePiece .model file") from None
 

@@ -7,8 +7,10 @@ The module knows nothing about models.
 
 from __future__ import annotations
 
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,9 +74,9 @@ class PackedRows:
     GROUP = 4096
 
     def __init__(self, split: TokenSplit, context: int) -> None:
-        lengths = np.fromiter(
-            (len(document) for document in split.iterate_documents()), dtype=np.int64, count=split.documents
-        )
+        lengths = np.fromiter((len(document) for document in split.iterate_documents()), dtype=np.int64)
+        if not len(lengths) or lengths.max() < 2:
+            raise UserError(f"the {split.name} split holds no token to learn; give more text to: smalllm prepare")
         starts = np.cumsum(lengths) - lengths
         self.rows: list[list[Segment]] = []
         for first in range(0, len(lengths), self.GROUP):
@@ -179,27 +181,82 @@ class Batches:
 
 
 class Prefetch:
-    """Makes the batches of the next step on a thread of its own while this step computes, so that it never waits for them."""
+    """Makes the batches of the next step on a thread of its own while this step computes, so that it never waits for them.
 
-    def __init__(self, batches: Batches, pin: bool = False) -> None:
+    What goes wrong in the thread is raised by the `step` that needs its batches. A thread that died, or a disk that does not
+    answer for ``patience`` seconds, is a UserError and no hang; ``warn`` is told once that a disk is slow.
+    """
+
+    def __init__(
+        self, batches: Batches, pin: bool = False, warn: Callable[[str], None] | None = None,
+        slow: float = 10.0, patience: float = 600.0,
+    ) -> None:  # fmt: skip
         self.batches, self.pin = batches, pin  # pinned memory is copied to a GPU in the background
-        self.pool = ThreadPoolExecutor(1, "batches")
-        self.coming: tuple[tuple[int, int], Future[list[Batch]]] | None = None
+        self.warn, self.slow, self.patience = warn, slow, patience
+        self.coming: _Coming | None = None
+        self.waited = 0.0
+        """Seconds that steps have waited for their batches."""
 
     def step(self, step: int, micro_batch: int) -> list[Batch]:
         """The micro-batches of a step; those of the next one are begun."""
-        found = self.coming[1] if self.coming and self.coming[0] == (step, micro_batch) else None
-        made = found.result() if found else self._make(step, micro_batch)
-        self.coming = ((step + 1, micro_batch), self.pool.submit(self._make, step + 1, micro_batch))
+        if self.coming is None or self.coming.key != (step, micro_batch):
+            self.coming = self._begin(step, micro_batch)
+        made = self._finished(self.coming)
+        self.coming = self._begin(step + 1, micro_batch)
         return made
 
     def close(self) -> None:
-        """End the thread."""
-        self.pool.shutdown(cancel_futures=True)
+        """Wait a moment for the thread, which cannot keep the program from ending."""
+        if self.coming is not None:
+            self.coming.thread.join(1.0)
+
+    def _begin(self, step: int, micro_batch: int) -> _Coming:
+        return _Coming((step, micro_batch), lambda: self._make(step, micro_batch))
+
+    def _finished(self, coming: _Coming) -> list[Batch]:
+        """What the thread made; waits as long as there is hope."""
+        began = time.monotonic()
+        coming.thread.join(self.slow)
+        if coming.thread.is_alive() and self.warn is not None:
+            self.warn(f"step {coming.key[0]} waits for its data; is the disk of {self.batches.split.name} slow?")
+            self.warn = None
+        coming.thread.join(max(0.0, self.patience - self.slow))
+        self.waited += time.monotonic() - began
+        if coming.thread.is_alive():
+            raise UserError(f"the data of step {coming.key[0]} did not come within {self.patience:g} s; check its disk")
+        return coming.result()
 
     def _make(self, step: int, micro_batch: int) -> list[Batch]:
         made = list(self.batches.micro_batches(step, micro_batch))
         return [batch.pinned() for batch in made] if self.pin else made
+
+
+class _Coming:
+    """The batches of a step, being made by a thread."""
+
+    def __init__(self, key: tuple[int, int], make: Callable[[], list[Batch]]) -> None:
+        self.key, self._make = key, make
+        self._made: list[Batch] | None = None
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        weakref.finalize(
+            self, self.thread.join, 1.0
+        )  # at the program's end, which stops threads in the midst of C++ otherwise
+        self.thread.start()
+
+    def result(self) -> list[Batch]:
+        """When the thread has ended: what it made, or its error."""
+        if self._error is not None:
+            raise self._error
+        if self._made is None:  # such as in a process that was forked from the one that has the thread
+            raise UserError(f"the thread that reads the data of step {self.key[0]} died; start again, the run goes on")
+        return self._made
+
+    def _run(self) -> None:
+        try:
+            self._made = self._make()
+        except BaseException as error:  # SystemExit and MemoryError too must reach whoever waits
+            self._error = error
 
 
 def mix(*parts: int) -> int:

@@ -24,17 +24,19 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from smalllm.config import UserError
-from smalllm.tokenizer import Tokenizer
+from smalllm.tokenizer import LARGEST_MODEL, Tokenizer
+from smalllm.untrusted import content, opened, printable
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SHARD_TOKENS = 50_000_000  # 100 MB of uint16
 CHUNK_TOKENS = 1 << 20
+LARGEST_MANIFEST = 1 << 26  # bytes
 REMAKE = "delete the folder and run `smalllm prepare` again"
 
 _SEEK_LOCK = threading.Lock()
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -103,6 +105,12 @@ class Manifest(Record):
             raise ValueError(f"dtype must be {token_dtype(self.vocab_size)} for a vocabulary of {self.vocab_size}")
         return self
 
+    @model_validator(mode="after")
+    def _markers_fit(self) -> Self:
+        if self.bos_id == self.eos_id or max(self.bos_id, self.eos_id) >= self.vocab_size:
+            raise ValueError("bos_id and eos_id must be two ids of the vocabulary")
+        return self
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON without `created_with`: equal data made by two versions is equal."""
@@ -125,28 +133,78 @@ class Manifest(Record):
         """Read and check manifest.json; UserError names the file and the damage."""
         path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            digest = content.pop("sha256", None)
-            manifest = cls.model_validate(content)
+            fields = json.loads(content(path, LARGEST_MANIFEST).decode("utf-8"))
+            digest = fields.pop("sha256", None)
+            manifest = cls.model_validate(fields)
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read ({error.strerror}); make the dataset with `smalllm prepare`"
             ) from None
         except ValidationError as error:
-            place = ".".join(map(str, error.errors()[0]["loc"])) or "manifest"
+            place = printable(".".join(map(str, error.errors()[0]["loc"]))) or "manifest"
             raise UserError(f"{path} is damaged ({place}: {error.errors()[0]['msg']}); {REMAKE}") from None
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{path} is damaged (not a JSON object in UTF-8); {REMAKE}") from None
-        if digest != _canonical_sha256(content):
+        if digest != _canonical_sha256(fields):
             raise UserError(f"{path} is damaged (its content does not match its SHA-256); {REMAKE}")
         return manifest
 
 
-class TokenSplit:
-    """The tokens of one side of a dataset, as one long sequence over all its shards. Reading is thread-safe.
+class _Shard:
+    """A file of tokens, open from its check to the last read, so that what is read is what was checked.
 
     Files are read with pread, because a memory map of a file that someone truncates ends the process.
     """
+
+    def __init__(self, path: Path, record: ShardRecord, width: int) -> None:
+        self.path, self._sha256 = path, record.sha256
+        try:
+            with opened(path) as file:
+                self._file = os.dup(file.fileno())
+        except OSError as error:
+            raise UserError(f"{path} is missing or cannot be read ({error.strerror}); {REMAKE}") from None
+        weakref.finalize(self, os.close, self._file)
+        self._checked = self._state()
+        if (size := self._checked[0]) != (expected := record.tokens * width):
+            change = "truncated" if size < expected else "grown"
+            raise UserError(f"{path} is {change}: {size} bytes where the manifest says {expected}; {REMAKE}")
+
+    def verify(self) -> None:
+        """UserError unless the bytes have the SHA-256 of the manifest."""
+        state, digest, place = self._state(), hashlib.sha256(), 0
+        while part := self._bytes(place, CHUNK_TOKENS):
+            digest.update(part)
+            place += len(part)
+        if digest.hexdigest() != self._sha256:
+            raise UserError(f"{self.path} has changed: its SHA-256 is not the one in the manifest; {REMAKE}")
+        self._checked = state
+
+    def read(self, offset: int, size: int) -> bytes:
+        """So many bytes; UserError where the file ended. After the file was written to, only if it still verifies."""
+        data = self._bytes(offset, size)
+        if len(data) != size:
+            raise UserError(f"{self.path} ended early: {len(data)} of {size} bytes at byte {offset}; {REMAKE}")
+        if self._state() == self._checked:
+            return data
+        self.verify()
+        return self.read(offset, size)
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        try:
+            return read_at(self._file, offset, size)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be read at byte {offset} ({error.strerror}); check the disk, or {REMAKE}"
+            ) from None
+
+    def _state(self) -> tuple[int, int]:
+        """Size and time of the last change."""
+        status = os.fstat(self._file)
+        return status.st_size, status.st_mtime_ns
+
+
+class TokenSplit:
+    """The tokens of one side of a dataset, as one long sequence over all its shards. Reading is thread-safe."""
 
     def __init__(self, name: str, folder: Path, record: SplitRecord, manifest: Manifest) -> None:
         self.name = name
@@ -155,11 +213,13 @@ class TokenSplit:
         self.text_bytes = record.text_bytes
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._limit, self._bos, self._eos = manifest.vocab_size, manifest.bos_id, manifest.eos_id
-        self._paths = [folder / shard.file for shard in record.shards]
+        self._shards = [_Shard(folder / shard.file, shard, self.dtype.itemsize) for shard in record.shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in record.shards)])
-        self._files: list[int] = []
-        weakref.finalize(self, _close_files, self._files)
-        self._files.extend(_open_file(path) for path in self._paths)
+
+    def verify(self) -> None:
+        """UserError that names the first shard whose bytes are not those of the manifest."""
+        for shard in self._shards:
+            shard.verify()
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start ... start + count - 1 as (count,) in the stored dtype.
@@ -179,27 +239,28 @@ class TokenSplit:
         return result
 
     def iterate_documents(self) -> Iterator[np.ndarray]:
-        """Every document in stored order, from its begin to its end token, in constant memory."""
-        pending = np.empty(0, self.dtype)
+        """Every document in stored order, from its begin to its end token, in constant memory. UserError unless they are
+        as many as the manifest says."""
+        pending, left = np.empty(0, self.dtype), self.documents
         for start in range(0, self.tokens, CHUNK_TOKENS):
             chunk = np.concatenate([pending, self.read(start, min(CHUNK_TOKENS, self.tokens - start))])
             ends = np.flatnonzero(chunk == self._eos) + 1
             documents = np.split(chunk, ends)
             pending = documents.pop()
+            left -= len(documents)
+            if left < 0:
+                break
             for document in documents:
                 self._check_document(document)
                 yield document
+        if left:
+            raise UserError(f"split {self.name} does not hold the {self.documents} documents of its manifest; {REMAKE}")
         if len(pending):
             raise UserError(f"split {self.name} ends inside a document; {REMAKE}")
 
     def _read_shard(self, shard: int, offset: int, count: int) -> np.ndarray:
-        wanted = count * self.dtype.itemsize
-        data = read_at(self._files[shard], offset * self.dtype.itemsize, wanted)
-        if len(data) != wanted:
-            raise UserError(
-                f"{self._paths[shard]} ended early: {len(data)} of {wanted} bytes at token {offset}; {REMAKE}"
-            )
-        tokens = np.frombuffer(data, self.dtype)
+        width = self.dtype.itemsize
+        tokens = np.frombuffer(self._shards[shard].read(offset * width, count * width), self.dtype)
         if count and int(tokens.max()) >= self._limit:
             self._refuse_id(shard, offset, tokens)
         return tokens
@@ -207,7 +268,7 @@ class TokenSplit:
     def _refuse_id(self, shard: int, offset: int, tokens: np.ndarray) -> None:
         place = int(np.argmax(tokens >= self._limit))
         raise UserError(
-            f"{self._paths[shard]} holds id {tokens[place]} at token {offset + place}, "
+            f"{self._shards[shard].path} holds id {tokens[place]} at token {offset + place}, "
             f"outside the vocabulary of {self._limit}; {REMAKE}"
         )
 
@@ -233,15 +294,12 @@ class TokenDataset:
         Raises UserError that names the file and the damage.
         """
         folder = Path(folder)
-        manifest = Manifest.load(folder)
-        width = np.dtype(manifest.dtype).itemsize
-        for shard in [*manifest.train.shards, *manifest.valid.shards]:
-            _check_size(folder / shard.file, shard.tokens * width)
-            if verify:
-                _check_digest(folder / shard.file, shard.sha256)
+        dataset = cls(folder, Manifest.load(folder))
         if verify:
-            _check_digest(folder / TOKENIZER, manifest.tokenizer_fingerprint)
-        return cls(folder, manifest)
+            dataset.train.verify()
+            dataset.valid.verify()
+            _check_tokenizer(folder / TOKENIZER, dataset.manifest.tokenizer_fingerprint)
+        return dataset
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens; UserError when the file is another one."""
@@ -357,35 +415,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_tokenizer(path: Path, expected: str) -> None:
     try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path} is missing or cannot be read ({error.strerror}); {REMAKE}") from None
-    if size != expected:
-        change = "truncated" if size < expected else "grown"
-        raise UserError(f"{path} is {change}: {size} bytes where the manifest says {expected}; {REMAKE}")
-
-
-def _check_digest(path: Path, expected: str) -> None:
-    try:
-        digest = file_sha256(path)
+        digest = hashlib.sha256(content(path, LARGEST_MODEL)).hexdigest()
     except OSError as error:
         raise UserError(f"{path} is missing or cannot be read ({error.strerror}); {REMAKE}") from None
     if digest != expected:
         raise UserError(f"{path} has changed: its SHA-256 is not the one in the manifest; {REMAKE}")
-
-
-def _open_file(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise UserError(f"{path} is missing or cannot be read ({error.strerror}); {REMAKE}") from None
-
-
-def _close_files(files: list[int]) -> None:
-    for file in files:
-        os.close(file)
 
 
 def _pread(file: int, size: int, offset: int) -> bytes:
