@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import sys
 import tarfile
@@ -333,3 +334,50 @@ def test_compressed_bomb_ends_as_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST_DOCUMENT", 3_000_000)
     for name in ("a.txt.gz", "a.jsonl.gz", "a.json.gz"):
         assert "holds a line or document of more than" in sentence(write(tmp_path / name, '"' + "a" * 9_000_000))
+
+
+def entry(
+    name: str = "a.json", kind: bytes = tarfile.REGTYPE, data: bytes = b'["text"]', size: int | None = None
+) -> bytes:
+    """An entry of an archive that says what it likes."""
+    found = tarfile.TarInfo(name)
+    found.type, found.size = kind, len(data) if size is None else size
+    return found.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (
+            entry(kind=tarfile.XHDTYPE, data=bytes(1 << 20)) + entry(),
+            "an entry of 1048576 bytes where its name should be",
+        ),
+        (entry(kind=tarfile.GNUTYPE_LONGNAME, data=b"", size=1 << 40), "where its name should be"),
+        (entry(kind=tarfile.XGLTYPE, size=-1) + entry(), "an entry of -1 bytes where its name should be"),
+        (entry(kind=tarfile.GNUTYPE_SPARSE, size=1 << 50) + entry(), "it has sparse files"),
+        (
+            entry(kind=tarfile.XHDTYPE, data=b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n") + entry(),
+            "it has sparse files",
+        ),
+        (entry(kind=tarfile.XHDTYPE, data=b"10 path=x\n") * 3000 + entry(), "recursion"),
+        (entry(size=1 << 50), "is damaged"),
+        (entry("x.json\n\x1b[2J" * 9) + entry("\x1b[2J.json", data=b"{"), r"\x1b[2J.json is not whole JSON"),
+    ],
+)
+def test_archives_that_ask_for_too_much_are_damaged(tmp_path, data, words):
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
+        file.write(data + bytes(1024))
+    assert words in sentence(str(tmp_path / "a.tar.gz"))
+
+
+def test_archives_of_very_many_entries_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_MEMBERS", 100)
+    source = write(tmp_path / "a.tar.gz", entry("a.md", data=b"") * 101)
+    assert "has more than 100 entries" in sentence(source)
+
+
+def test_a_source_that_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for name in ("pipe.txt", "zero.txt"):
+        assert f"{name} is not a regular file" in sentence(str(tmp_path / name))

@@ -33,9 +33,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 from smalllm.config import UserError
+from smalllm.untrusted import printable
 
 CHUNK_BYTES = 1 << 20
 # A line of its own. The place before it is looked at last, because text that begins a pattern is found much faster.
@@ -49,6 +50,8 @@ PASSAGE_CHARACTERS = 2_000
 UNSEPARATED_CHARACTERS = 8_000_000
 LONGEST_DOCUMENT = 1 << 28  # characters; a compressed bomb must end as an error
 HEAD_BYTES = 8192
+MOST_MEMBERS = 1_000_000  # of an archive
+LONGEST_HEADER = 1 << 16  # bytes of an archive that say what an entry is called
 DEFAULT_STORIES = 100_000
 WORLDS = {"storyworld": False, "storyworld-small": True}  # whether it is the small one
 HELD_OUT_START = 1_000_000_000  # validation stories of storyworld are numbered from here, whatever the size of training
@@ -264,6 +267,8 @@ def _check_suffix(path: Path) -> Path:
         raise UserError(
             f"{path} has an unknown format; rename or convert it to one of {', '.join(SUFFIXES)}, or .gz of them"
         )
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file; give a file, a folder, or - for standard input")
     return path
 
 
@@ -280,8 +285,8 @@ def _read_path(path: Path, members: int | None) -> Iterator[str]:
         else:
             with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as stream:
                 yield from _read_stream(cast(BinaryIO, stream), str(path))
-    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
-        raise UserError(f"{path} is damaged ({error}); get it again") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({printable(str(error))}); get it again") from None
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}); check the file and its permissions"
@@ -302,9 +307,13 @@ def _read_stream(stream: BinaryIO, name: str) -> Iterator[str]:
 
 def _read_archive(path: Path, members: int | None) -> Iterator[str]:
     """Each text file of a .tar.gz in turn. Names of members appear in messages only."""
-    with tarfile.open(path, mode="r|gz") as archive:
-        number = 0
-        for member in archive:
+    with tarfile.open(path, mode="r|gz", tarinfo=_Entry) as archive:
+        number = entries = 0
+        while (member := archive.next()) is not None:
+            vars(archive).update(members=[], pax_headers={})  # which would grow without end
+            entries += 1
+            if entries > MOST_MEMBERS:
+                raise UserError(f"{path} has more than {MOST_MEMBERS:,} entries; join its texts in fewer files")
             base = member.name.rpartition("/")[2]
             if not member.isfile() or base.startswith(".") or not base.endswith(SUFFIXES[:-1]):
                 continue
@@ -313,7 +322,33 @@ def _read_archive(path: Path, members: int | None) -> Iterator[str]:
             number += 1
             stream = archive.extractfile(member)
             assert stream is not None
-            yield from _read_stream(cast(BinaryIO, stream), f"{path}:{member.name[:200]}")
+            yield from _read_stream(cast(BinaryIO, stream), f"{path}:{printable(member.name, 200)}")
+
+
+class _Entry(tarfile.TarInfo):
+    """What tarfile reads of an entry, which it believes: headers of gigabytes, and files that are mostly holes, are refused."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        entry = super().frombuf(buf, encoding, errors)
+        if entry.size < 0 or (entry.type in _HEADERS and entry.size > LONGEST_HEADER):
+            raise tarfile.ReadError(f"an entry of {entry.size} bytes where its name should be")
+        if entry.type == tarfile.GNUTYPE_SPARSE:
+            cls._proc_gnusparse_10(entry)
+        return entry
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        """The newer kind of sparse file, whose list of holes is as long as it likes."""
+        raise tarfile.ReadError("it has sparse files")
+
+
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 def _characters(stream: BinaryIO, name: str) -> Iterator[str]:
@@ -482,7 +517,7 @@ def _text_field(names: list[str], place: str) -> str:
             return name
     if len(names) == 1:
         return names[0]
-    found = ", ".join(map(str, names[:8])) or "none"
+    found = printable(", ".join(map(str, names[:8])), 200) or "none"
     raise UserError(f"{place} has no field {', '.join(FIELDS[:-1])} or {FIELDS[-1]} (found: {found}); rename one")
 
 
@@ -515,7 +550,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
                 for value in batch.column(0).to_pylist():
                     yield _text_of(value, str(path))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = printable(str(error).partition("\n")[0], 200)
         raise UserError(f"{path} is not a readable parquet file ({reason}); get it again") from None
 
 
