@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import struct
@@ -173,7 +174,7 @@ def test_what_is_read_is_what_was_written(runs, files, shape):
 def edits(data: bytes) -> Iterator[tuple[str, bytes, str]]:
     """Damages of a llama file and what is said of them."""
     field = b"general.architecture" + struct.pack("<IQ", 8, 5)
-    yield "empty", b"", "mmap|empty"
+    yield "empty", b"", "ends at byte 0"
     yield "other", b"PK\3\4" + data[4:], "does not begin like"
     yield "version", data[:4] + struct.pack("<I", 2) + data[8:], "version 2"
     yield "tensors", data[:8] + struct.pack("<Q", 2**62) + data[16:], "whole GGUF"
@@ -214,6 +215,16 @@ def test_an_infinite_scale_is_refused_without_a_warning(files, tmp_path):
     (tmp_path / "x.gguf").write_bytes(data)
     with pytest.raises(UserError, match="token_embd.weight holds NaN"):
         gguf.read(tmp_path / "x.gguf")
+
+
+def test_a_file_cut_while_it_is_read_is_an_error_and_no_signal(files, tmp_path, monkeypatch):
+    """Cut between its header and its tensors, at a page's border and within one: a map of it would end the process."""
+    header, path = gguf._config, tmp_path / "x.gguf"
+    for size in (4096, 5000, 8192):
+        path.write_bytes(files("llama").read_bytes())
+        monkeypatch.setattr(gguf, "_config", lambda *told: (os.truncate(path, size), header(*told))[1])
+        with pytest.raises(UserError, match="the file became shorter while it was read"):
+            gguf.read(path)
 
 
 def test_damage_is_refused_in_a_sentence(files, tmp_path):

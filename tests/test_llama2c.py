@@ -456,10 +456,10 @@ def test_what_is_no_file_is_one_sentence(exported: Path, tmp_path: Path):
     for path, tokenizer, told in [
         (tmp_path / "none.bin", exported / "tokenizer.bin", "none.bin: No such file"),
         (exported / "model.bin", tmp_path / "none.bin", "none.bin: No such file"),
-        (tmp_path / "pipe", exported / "tokenizer.bin", "pipe is not a file"),
-        (exported / "model.bin", tmp_path / "pipe", "pipe is not a file"),
-        (exported / "model.bin", tmp_path, "is not a file"),
-        (exported / "model.bin", tmp_path / "large", "too many for a vocabulary"),
+        (tmp_path / "pipe", exported / "tokenizer.bin", "pipe: it is not a regular file"),
+        (exported / "model.bin", tmp_path / "pipe", "pipe: it is not a regular file"),
+        (exported / "model.bin", tmp_path, "Is a directory"),
+        (exported / "model.bin", tmp_path / "large", "more than the [0-9,]* of any such file"),
         (exported / "model.bin", None, "give --tokenizer FILE"),
         (tmp_path, None, "model.bin: No such file"),
     ]:

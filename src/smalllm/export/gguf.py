@@ -17,7 +17,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gguf
 import numpy as np
@@ -35,6 +35,7 @@ from smalllm.export.names import Weights, from_gguf, meta_weights, to_gguf
 from smalllm.export.pieces import Kind, Piece, formable, model_of, pieces_of
 from smalllm.model import GPT, NORM_EPS
 from smalllm.tokenizer import BOS, EOS, SPACE_MARK, UNK, Tokenizer
+from smalllm.untrusted import opened
 
 Type = gguf.GGMLQuantizationType
 DTYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
@@ -210,10 +211,10 @@ class _Tensor:
 def read(path: Path) -> tuple[GPT, Tokenizer]:
     """Model, in float32, and tokenizer of a GGUF file in one of `DTYPES` of our architectures; UserError for any other."""
     try:
-        data = np.memmap(path, np.uint8, mode="r")
-        fields, tensors, start = _header(data.data)
-        config = _config(fields, tensors)
-        weights = {name: _weights(data, start, name, tensor) for name, tensor in _checked(tensors, config).items()}
+        with opened(path) as file:
+            fields, tensors, start = _header(file)
+            config = _config(fields, tensors)
+            weights = {name: _weights(file, start, name, tensor) for name, tensor in _checked(tensors, config).items()}
         return _model(weights, config, path), _tokenizer(fields, path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a GGUF file") from None
@@ -235,22 +236,24 @@ def _reason(error: Exception) -> str:
 
 
 class _Cursor:
-    """Numbers and texts from the beginning of a file on; ValueError where it ends."""
+    """Numbers and texts from the beginning of a file on; ValueError where it ends. The file is read and not mapped into
+    memory: a map of a file that someone truncates ends the process."""
 
-    def __init__(self, data: memoryview) -> None:
-        self.data, self.place = data, 0
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.place, self.size = file, 0, os.fstat(file.fileno()).st_size
 
-    def take(self, size: int) -> memoryview:
-        if size > len(self.data) - self.place:
-            raise ValueError(f"it ends at byte {len(self.data)}, within its header")
+    def take(self, size: int) -> bytes:
+        data = self.file.read(size) if size <= self.size - self.place else b""
+        if len(data) < size:
+            raise ValueError(f"it ends at byte {self.size}, within its header")
         self.place += size
-        return self.data[self.place - size : self.place]
+        return data
 
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
     def text(self) -> str:
-        return bytes(self.take(self.number("Q"))).decode()
+        return self.take(self.number("Q")).decode()
 
     def value(self, kind: int) -> Any:
         match gguf.GGUFValueType(kind):
@@ -263,7 +266,7 @@ class _Cursor:
 
     def array(self, kind: int, count: int) -> Sequence[Any] | np.ndarray:
         if (inner := gguf.GGUFValueType(kind)) is gguf.GGUFValueType.STRING:
-            if count > (len(self.data) - self.place) // 8:  # each has its length
+            if count > (self.size - self.place) // 8:  # each has its length
                 raise ValueError(f"a list of {count} texts is longer than the file")
             return [self.text() for _ in range(count)]
         if inner not in _CODES:
@@ -279,9 +282,9 @@ _CODES = {
 }  # fmt: skip
 
 
-def _header(data: memoryview) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
+def _header(file: IO[bytes]) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
     """Metadata, tensors, and where their data begins."""
-    cursor = _Cursor(data)
+    cursor = _Cursor(file)
     if (cursor.number("I"), version := cursor.number("I")) != (MAGIC, VERSION):
         raise ValueError(f"it does not begin like version {VERSION} of GGUF (version {version})")
     tensors_count, fields_count = cursor.number("Q"), cursor.number("Q")
@@ -297,8 +300,8 @@ def _header(data: memoryview) -> tuple[dict[str, Any], dict[str, _Tensor], int]:
             raise ValueError(f"it has tensor {name} twice")
     start = -(-cursor.place // ALIGNMENT) * ALIGNMENT
     for name, tensor in tensors.items():
-        if tensor.offset + math.prod(tensor.stored_shape) > len(data) - start:
-            raise ValueError(f"tensor {name} ends beyond the file's {len(data)} bytes")
+        if tensor.offset + math.prod(tensor.stored_shape) > cursor.size - start:
+            raise ValueError(f"tensor {name} ends beyond the file's {cursor.size} bytes")
     return fields, tensors, start
 
 
@@ -359,9 +362,12 @@ def _checked(tensors: Mapping[str, _Tensor], config: ModelConfig) -> Mapping[str
     return tensors
 
 
-def _weights(data: np.ndarray, start: int, name: str, tensor: _Tensor) -> Tensor:
-    begin, stored = start + tensor.offset, tensor.stored_shape
-    stretch = np.array(data[begin : begin + math.prod(stored)]).reshape(stored)
+def _weights(file: IO[bytes], start: int, name: str, tensor: _Tensor) -> Tensor:
+    stored = tensor.stored_shape
+    file.seek(start + tensor.offset)
+    stretch = np.empty(stored, np.uint8)
+    if file.readinto(stretch.data) < stretch.size:  # type: ignore[attr-defined]
+        raise ValueError(f"tensor {name} ends early: the file became shorter while it was read")
     with np.errstate(all="ignore"):  # zero times an infinite scale
         values = gguf.dequantize(stretch, tensor.kind).astype(np.float32, copy=False)
     if not np.isfinite(values).all():

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +39,13 @@ from smalllm.export.huggingface_config import LARGEST, Told, strict_json
 from smalllm.export.names import Weights, from_huggingface, huggingface_shapes, to_huggingface
 from smalllm.hardware import total_memory
 from smalllm.model import GPT, NORM_EPS
-from smalllm.tokenizer import EOS, UNK, Tokenizer
+from smalllm.tokenizer import EOS, LARGEST_MODEL, UNK, Tokenizer
+from smalllm.untrusted import content, opened
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The types of safetensors that are read."""
 LARGEST_HEADER = 1 << 26
-LARGEST_TOKENIZER = 1 << 26
 MOST_DIMENSIONS = 4
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -129,7 +129,7 @@ def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     """The vocabulary that the model was trained with, or UserError that says why it cannot be read."""
     if not path.exists():
         raise UserError(f"{path} is missing; SmallLM reads SentencePiece models: give --tokenizer FILE.model")
-    found = Tokenizer(_content(path, LARGEST_TOKENIZER), str(path))
+    found = Tokenizer(_content(path, LARGEST_MODEL), str(path))
     if found.vocab_size != config.vocab_size:
         raise UserError(
             f"{path} has {found.vocab_size:,} pieces but the model {config.vocab_size:,}; give its own with --tokenizer FILE"
@@ -272,18 +272,21 @@ class _Header:
     @classmethod
     def read(cls, path: Path) -> _Header:
         """UserError when the header cannot be, or does not fit the size of the file."""
-        size = _size(path)
-        with _opened(path) as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
-                _refuse(path, "it is not a safetensors file, or cut off; download it again")
-            records = strict_json(file.read(length), str(path), LARGEST_HEADER)
+        try:
+            with opened(path) as file:
+                size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+                header = file.read(length) if 2 <= length <= min(size - 8, LARGEST_HEADER) else b""
+        except OSError as error:
+            _refuse(path, f"{error.strerror}; give a folder that holds it")
+        if not header:
+            _refuse(path, "it is not a safetensors file, or cut off; download it again")
+        records = strict_json(header, str(path), LARGEST_HEADER)
         records.pop("__metadata__", None)
         return cls(path, {name: _shape(name, record, size - 8 - length, path) for name, record in records.items()})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         try:
-            yield from parse_safetensors(_content(self.path, None)).items()
+            yield from parse_safetensors(_content(self.path, sys.maxsize)).items()
         except SafetensorError as error:
             _refuse(self.path, f"it is not a safetensors file ({str(error)[:80]}); download it again")
 
@@ -314,31 +317,12 @@ def _shape(name: str, record: Any, room: int, path: Path) -> tuple[int, ...]:
 # ── files ──
 
 
-def _content(path: Path, largest: int | None) -> bytes:
+def _content(path: Path, largest: int) -> bytes:
     """The bytes of a regular file that is no larger than so many."""
-    size = _size(path)
-    if largest is not None and size > largest:
-        _refuse(path, f"it has {size:,} bytes, more than the {largest:,} of any such file")
-    with _opened(path) as file:
-        return file.read(size)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a regular file: a pipe or a device could keep its reader waiting for ever."""
     try:
-        status = path.stat()
+        return content(path, largest)
     except OSError as error:
         _refuse(path, f"{error.strerror}; give a folder that holds it")
-    if not stat.S_ISREG(status.st_mode):
-        _refuse(path, "it is not a regular file")
-    return status.st_size
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    except OSError as error:
-        _refuse(path, f"{error.strerror}; give a folder whose files can be read")
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:

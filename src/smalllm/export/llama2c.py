@@ -37,6 +37,7 @@ from smalllm.export.names import Weights, from_gguf, to_gguf
 from smalllm.export.pieces import Kind, Piece, model_of, pieces_of
 from smalllm.model import GPT, rope_tables
 from smalllm.tokenizer import BOS, EOS, FIXED_PIECES, SPACE_MARK, UNK, Tokenizer
+from smalllm.untrusted import content, opened
 
 MODEL, TOKENIZER = "model.bin", "tokenizer.bin"
 DTYPES = ("f32", "q8_0")
@@ -239,7 +240,10 @@ def read(path: Path, tokenizer: Path | None = None) -> tuple[GPT, Tokenizer]:
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The vocabulary of a ``tokenizer.bin`` with exactly so many pieces, as a SentencePiece model that encodes as run.c does
     apart from the space that run.c puts first; UserError for a file that is not one."""
-    data = _content(path)
+    try:
+        data = content(path, MOST_TOKENIZER_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a tokenizer.bin of llama2.c") from None
     place, pieces = LENGTH.size, list[Piece]()
     while place < len(data) and len(pieces) < vocab_size:
         if place + RECORD.size > len(data):
@@ -276,25 +280,6 @@ def _piece(id: int, score: float, data: bytes, path: Path) -> Piece:
 _FIRST = {UNK: "<unk>", BOS: "<s>", EOS: "</s>"}
 
 
-def _content(path: Path) -> bytes:
-    """The bytes of a small regular file."""
-    try:
-        with _opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MOST_TOKENIZER_BYTES:
-                raise UserError(f"{path} has {size:,} bytes, too many for a vocabulary; give a tokenizer.bin")
-            return file.read(MOST_TOKENIZER_BYTES)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a tokenizer.bin of llama2.c") from None
-
-
-def _opened(path: Path) -> IO[bytes]:
-    """A regular file; a pipe or a device could keep its reader waiting for ever."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file; give a file of llama2.c")
-    return open(path, "rb")
-
-
 @dataclass(frozen=True)
 class Header:
     """What the first bytes of a ``model.bin`` say."""
@@ -322,7 +307,7 @@ class Header:
 def read_model(path: Path) -> GPT:
     """The model of a ``model.bin`` of version 0 or 2, in eval mode, float32; UserError for a file that is not one."""
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             header = read_header(file, path)
             weights = dict(_read_quantized(file, header) if header.group else _read_floats(file, header.config))
     except OSError as error:
