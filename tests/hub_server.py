@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ class Hub:
     web_page: bool = False  # answer everything with HTML, as a network login does
     token: str | None = None  # needed, if set
     cut_after: int | None = None  # close the first download after so many bytes
+    cut_always: bool = False  # and every other one too
+    elsewhere: str | None = None  # address of the server that downloads are redirected to
+    silent: bool = False  # take every request and never answer
+    seconds: float = 0.0  # that a download takes
     announced: dict[str, str] = field(default_factory=dict)  # file -> a SHA-256 that is not its own
     swapped: dict[str, bytes] = field(default_factory=dict)  # file -> what is served for it
     requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
@@ -87,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.hub, self.path.partition("?")[0]
         authorization = self.headers.get("Authorization")
         hub.requests.append((self.command, path, self.headers.get("Range"), authorization))
+        if hub.silent:
+            return self._stay_silent()
         if hub.web_page:
             return self._send(200, b"<!DOCTYPE html><html>log in to the network</html>", {"Content-Type": "text/html"})
         if hub.status != 200:
@@ -96,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == f"/api/datasets/{hub.repo}":
             return self._send(200, hub.info(), {"Content-Type": "application/json"})
         name = path.removeprefix(f"/datasets/{hub.repo}/resolve/main/")
+        if name in hub.files and hub.elsewhere:
+            return self._send(302, b"", {**self._headers(name), "Location": hub.elsewhere + path})
         if name in hub.files:
             return self._file(name)
         code = "EntryNotFound" if path.startswith(f"/datasets/{hub.repo}/") else "RepoNotFound"
@@ -104,10 +113,20 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str) -> None:
         data = self.hub.swapped.get(name, self.hub.files[name])
         start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range") or "bytes=0-")[1])
-        headers = {"ETag": f'"{self.hub.sha256(name)}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(data))}
+        headers = self._headers(name)
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self._send(206 if start else 200, data[start:], headers)
+
+    def _headers(self, name: str) -> dict[str, str]:
+        data = self.hub.swapped.get(name, self.hub.files[name])
+        etag = f'"{self.hub.sha256(name)}"'
+        return {"ETag": etag, "X-Linked-Etag": etag, "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(data))}
+
+    def _stay_silent(self) -> None:
+        while self.hub.silent:
+            time.sleep(0.02)
+        self.close_connection = True
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -118,6 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.hub.cut_after is not None and "/resolve/" in self.path:
             self.wfile.write(body[: self.hub.cut_after])
-            self.hub.cut_after, self.close_connection = None, True
+            self.hub.cut_after, self.close_connection = self.hub.cut_after if self.hub.cut_always else None, True
+        elif self.hub.seconds and "/resolve/" in self.path:
+            for start in range(0, len(body), len(body) // 20 + 1):
+                self.wfile.write(body[start : start + len(body) // 20 + 1])
+                time.sleep(self.hub.seconds / 20)
         else:
             self.wfile.write(body)

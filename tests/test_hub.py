@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pyarrow
@@ -136,6 +137,14 @@ def test_network_login_page_and_no_server(client, monkeypatch):
     assert "did not answer like a hub" in sentence_of()
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "cannot be reached" in sentence_of()
+
+
+def test_a_hub_that_never_answers_is_given_up(client, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
+    client.silent = True
+    began = time.monotonic()
+    assert "cannot be reached (ReadTimeout)" in sentence_of() and time.monotonic() - began < 5
+    client.silent = False
 
 
 def test_offline_without_a_cache(server, tmp_path):

@@ -583,12 +583,14 @@ def _hub_source(name: str, address: str, num_files: int | None, validation: str 
 
 def _hub_files(repo: str) -> dict[str, _HubFile]:
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        listing = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True).siblings or []
+        seconds = constants.HF_HUB_ETAG_TIMEOUT  # without one, a hub that takes the question and is silent is waited for in vain
+        listing = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True, timeout=seconds).siblings or []
     except Exception as error:  # the client raises errors of four libraries
         return _cached_files(repo, error)
     files = [_HubFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None) for item in listing]
