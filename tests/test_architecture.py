@@ -16,11 +16,12 @@ SOURCE = ROOT / "src" / "smalllm"
 
 # A module imports only what stands before it. docs/architecture.md shows the same list.
 ORDER = [
-    "terminal", "untrusted", "config", "hardware", "native.build", "native.words", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
+    "terminal", "untrusted", "files", "config", "hardware", "native.build", "native.words", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
     "data.shards", "data.storyworld", "data.sources", "data.prepare", "data.batches",
     "decoder", "generation", "evaluation", "preflight",
-    "training.schedule", "training.optimizer", "training.objectives", "training.trainer",
+    "training.schedule", "training.optimizer", "training.objectives", "training.guards", "training.saver", "training.trainer",
     "export.destination", "export.card", "export.names", "export.pieces", "export.huggingface_config", "export.fast_tokenizer", "export.huggingface", "export.gguf", "export.llamacpp", "export.certificate", "export.hub", "export.llama2c", "export.html",
+    "reliability.trials", "reliability.disks", "reliability.promises",
     "plots", "api",
     "serve.protocol", "serve.meters", "serve.models", "serve.engine", "serve.report", "serve.guard", "serve.server",
     "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.plot", "commands.bench", "commands.doctor",

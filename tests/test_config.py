@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smalllm.config import (
+    RESUME,
     ModelConfig,
     RunConfig,
     UserError,
@@ -133,31 +134,31 @@ def test_any_json_is_settings_or_a_user_error(value: object):
 
 
 def test_every_setting_is_classified_for_resume():
-    """A setting is either fixed for the life of a run, or its change is reported: none is ignored."""
+    """Allowed and said, only by --force, or refused: none is ignored, and a new setting cannot be forgotten."""
+    assert RESUME.keys() == set(setting_names())
     base = parse_config({"train": {"steps": 100}})
-    other_values = {
-        "str": "elsewhere", "int": 64, "float": 0.5, "bool": None,
-    }  # fmt: skip
-    reported, refused = set(), set()
-    for key in setting_names():
-        changed = _with_another_value(base, key, other_values)
-        try:
-            changes = changed_settings(base, changed)
-        except UserError:
-            refused.add(key)
+    for key, kind in RESUME.items():
+        changed = _with_another_value(base, key)
+        said = [_changes(base, changed, force) for force in (False, True)]
+        if key == "data.path":  # data may move; what it holds is compared
+            assert said == [[], []]
             continue
-        if changes:
-            reported.add(key)
-    assert refused == {k for k in setting_names() if k.startswith(("model.", "data.")) and k != "data.path"} | {
-        "seed", "optim.kind", "train.batch_tokens"}  # fmt: skip
-    assert reported == set(setting_names()) - refused - {"data.path"}
+        assert [part is None for part in said] == [kind != "free", kind == "fixed"], key
+        assert all(len(part) == 1 and part[0].startswith(f"{key}=") for part in said if part is not None)
 
 
-def _with_another_value(config: RunConfig, key: str, values: dict) -> RunConfig:
+def _changes(old: RunConfig, new: RunConfig, force: bool) -> list[str] | None:
+    try:
+        return changed_settings(old, new, force)
+    except UserError:
+        return None
+
+
+def _with_another_value(config: RunConfig, key: str) -> RunConfig:
     section, _, name = key.rpartition(".")
     holder = getattr(config, section) if section else config
     before = getattr(holder, name)
-    after = (not before) if isinstance(before, bool) else values["int"] + 1 if isinstance(before, int) else "other"
+    after = (not before) if isinstance(before, bool) else 65 if isinstance(before, int) else "other"
     changed = holder.model_copy(update={name: after})
     return config.model_copy(update={section: changed}) if section else changed
 

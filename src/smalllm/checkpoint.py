@@ -19,60 +19,41 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from smalllm.config import ModelConfig, RunConfig, UserError, load_recipe
+from smalllm.files import FileSystem, Piece
 from smalllm.model import GPT
 from smalllm.tokenizer import Tokenizer
 
 MANIFEST_VERSION = 1
 PAYLOAD = ("model.safetensors", "model.json", "optimizer.safetensors", "state.json")
+PIECE = 4 << 20
+"""Bytes that are hashed and written, or read and hashed, at a time."""
+ROOM = 1.1
+"""Free space that a checkpoint wants before it is begun, in times its size."""
+PATIENCE = 50
+"""Times that a reader looks again for a checkpoint when those it saw were pruned before it had read them."""
+DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Names of safetensors, for what checkpoints hold."""
+Result = TypeVar("Result")
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint whose bytes are not the ones that were written; the message names the file."""
-
-
-class FileSystem:
-    """Every change to the disk goes through these few calls, so that a test can crash, tear, fill or record them."""
-
-    def mkdir(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-
-    def write(self, path: Path, data: bytes) -> None:
-        """Write and flush to the device: the bytes survive a power cut when this returns."""
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def sync_folder(self, path: Path) -> None:
-        """Make names (created, renamed) durable; Windows and some network file systems cannot, and need not."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:
-            return
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def rename(self, source: Path, target: Path) -> None:
-        os.replace(source, target)
-
-    def remove_tree(self, path: Path) -> None:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -84,6 +65,10 @@ class Snapshot:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
+
+    def bytes(self) -> int:
+        """Size on disk, the small files not counted."""
+        return sum(tensor.nbytes for tensors in (self.weights, self.optimizer) for tensor in tensors.values())
 
 
 class Checkpoint:
@@ -120,8 +105,21 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Raise DamagedCheckpoint unless every file is whole."""
+        promised = self.manifest()["files"]
         for name in PAYLOAD:
-            self.read(name)
+            self._check(name, promised.get(name))
+
+    def _check(self, name: str, promised: Any) -> None:
+        digest, size = hashlib.sha256(), 0
+        try:
+            with open(self.path / name, "rb", buffering=0) as file:
+                while piece := file.read(PIECE):
+                    digest.update(piece)
+                    size += len(piece)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{self.path / name}: {error.strerror}") from None
+        if promised is None or size != promised["size"] or digest.hexdigest() != promised["sha256"]:
+            raise DamagedCheckpoint(f"{self.path / name} is damaged: size or SHA-256 differs from its manifest.json")
 
     def state(self) -> dict[str, Any]:
         return json.loads(self.read("state.json"))
@@ -201,6 +199,7 @@ class RunFolder:
     tokenizer_file = property(lambda self: self.path / "tokenizer.model")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     samples_file = property(lambda self: self.path / "samples.jsonl")
+    failure_file = property(lambda self: self.path / "failure.md")
     checkpoints_folder = property(lambda self: self.path / "checkpoints")
     milestones_folder = property(lambda self: self.path / "milestones")
 
@@ -251,16 +250,27 @@ class RunFolder:
 
     def choose(self, which: str = "best") -> Checkpoint:
         """The first of the candidates that is whole, down to its last file."""
-        candidates = self.candidates(which)
-        for checkpoint in candidates if which in ("best", "latest") else ():
-            try:
-                checkpoint.verify()
-                return checkpoint
-            except DamagedCheckpoint:
-                continue
-        if which in ("best", "latest"):
-            raise DamagedCheckpoint(f"all {len(candidates)} checkpoints of {self.path} are damaged")
-        return candidates[0]
+
+        def verified(checkpoint: Checkpoint) -> Checkpoint:
+            checkpoint.verify()
+            return checkpoint
+
+        return self.first(which, verified)
+
+    def first(self, which: str, use: Callable[[Checkpoint], Result]) -> Result:
+        """What ``use`` makes of the first of the candidates that is not damaged. One that a trainer prunes just then is not
+        damaged: the list is read again. UserError when there is none."""
+        for _ in range(PATIENCE):
+            candidates = self.candidates(which)
+            for checkpoint in candidates:
+                try:
+                    return use(checkpoint)
+                except DamagedCheckpoint:
+                    if len(candidates) == 1 and checkpoint.path.exists():
+                        raise
+            if all(checkpoint.path.exists() for checkpoint in candidates):
+                break
+        raise DamagedCheckpoint(f"all {len(candidates)} checkpoints of {self.path} are damaged")
 
     def newest_valid(self, warn: Any = None) -> Checkpoint | None:
         """The newest checkpoint that verifies, for resuming. Damaged ones are moved aside to ``.bad-*`` and named
@@ -283,11 +293,18 @@ class RunFolder:
 
     # ── writing ──
 
-    def lock(self) -> None:
-        """Be the only trainer of this run, until ``unlock`` or the end of the process; readers never lock."""
+    def lock(self, warn: Callable[[str], None] | None = None) -> None:
+        """Be the only trainer of this run, until ``unlock`` or the end of the process; readers never lock. Where the file
+        system has no locks, that is said through ``warn``."""
         self.files.mkdir(self.path)
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        if not (_flock(descriptor) or _flock(descriptor, seconds=0.05)):  # a reader may be asking is_locked just now
+        try:
+            free = _flock(descriptor) or _flock(descriptor, seconds=0.05)  # a reader may be asking is_locked just now
+        except OSError as error:
+            free = True
+            if warn is not None:
+                warn(f"{self.path} cannot be locked ({error.strerror}): see to it that nobody else trains this run")
+        if not free:
             holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "?"
             os.close(descriptor)
             raise UserError(
@@ -305,6 +322,8 @@ class RunFolder:
             return False
         try:
             return not _flock(descriptor)
+        except OSError:
+            return False
         finally:
             os.close(descriptor)
 
@@ -315,9 +334,11 @@ class RunFolder:
 
     def write_text(self, path: Path, text: str) -> None:
         """Replace a small file atomically."""
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        self.files.write(temporary, text.encode())
-        self.files.rename(temporary, path)
+        self.write_bytes(path, text.encode())
+
+    def write_bytes(self, path: Path, data: bytes) -> None:
+        """Replace a small file atomically."""
+        self.files.replace(path, [data])
 
     def save(self, snapshot: Snapshot, keep: int) -> Checkpoint:
         """Write a checkpoint atomically, then prune all but the newest ``keep`` and the best. On an error (a full
@@ -334,6 +355,9 @@ class RunFolder:
 
     def _write_atomically(self, parent: Path, snapshot: Snapshot) -> Checkpoint:
         self.files.mkdir(parent)
+        need, free = int(ROOM * snapshot.bytes()), self.files.free_bytes(parent)
+        if free < need:
+            raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB free, {need / 2**20:.0f} MiB needed", str(parent))
         target = parent / f"step-{snapshot.step:08d}"
         temporary = parent / f".tmp-{snapshot.step}-{os.getpid()}"
         try:
@@ -348,25 +372,30 @@ class RunFolder:
         return Checkpoint(target)
 
     def _write_checkpoint(self, folder: Path, snapshot: Snapshot) -> None:
+        """Every file, hashed while it is written; the manifest last, when all bytes are on the device."""
         self.files.mkdir(folder)
-        payload = {
-            "model.safetensors": lambda: to_safetensors(_plain(snapshot.weights)),
-            "model.json": lambda: _json({"model": snapshot.model.model_dump(exclude_none=True), "step": snapshot.step}),
-            "optimizer.safetensors": lambda: to_safetensors(_plain(snapshot.optimizer)),
-            "state.json": lambda: _json(dict(snapshot.state)),
+        payload: dict[str, Iterable[Piece]] = {
+            "model.safetensors": safetensors_pieces(snapshot.weights),
+            "model.json": [_json({"model": snapshot.model.model_dump(exclude_none=True), "step": snapshot.step})],
+            "optimizer.safetensors": safetensors_pieces(snapshot.optimizer),
+            "state.json": [_json(dict(snapshot.state))],
         }
         records = {}
-        for name, make in payload.items():
-            data = make()
-            records[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            self.files.write(folder / name, data)
+        for name, pieces in payload.items():
+            hashed = _Hashed(pieces)
+            self.files.write(folder / name, hashed)
+            records[name] = {"size": hashed.size, "sha256": hashed.digest.hexdigest()}
         self.files.write(
-            folder / "manifest.json", _json({"version": MANIFEST_VERSION, "step": snapshot.step, "files": records})
+            folder / "manifest.json", [_json({"version": MANIFEST_VERSION, "step": snapshot.step, "files": records})]
         )
         self.files.sync_folder(folder)
 
-    def mark_best(self, step: int) -> None:
-        self.write_text(self.path / "best", f"step-{step:08d}\n")
+    def mark_best(self, step: int | None) -> None:
+        """Leave the hint that this is the best step; None: that none is known."""
+        if step is not None:
+            self.write_text(self.path / "best", f"step-{step:08d}\n")
+        elif (self.path / "best").exists():
+            self.files.unlink(self.path / "best")
 
     def prune(self, keep: int, just_written: Checkpoint) -> None:
         """Delete old checkpoints, after the newest one has been read back whole; leftovers of crashes go too."""
@@ -378,9 +407,11 @@ class RunFolder:
                 trash = _free_name(checkpoint.path.with_name(f".trash-{checkpoint.path.name}"))
                 self.files.rename(checkpoint.path, trash)
         for folder in (self.checkpoints_folder, self.milestones_folder):
-            for leftover in folder.glob(".t*-*"):
-                if leftover.name.startswith((".tmp-", ".trash-")):
-                    self.files.remove_tree(leftover)
+            leftovers = [path for path in folder.glob(".t*-*") if path.name.startswith((".tmp-", ".trash-"))]
+            if leftovers:
+                self.files.sync_folder(folder)  # no name of a checkpoint may come back without its files
+            for leftover in leftovers:
+                self.files.remove_tree(leftover)
 
     def set_aside(self) -> Path | None:
         """Move an existing run to NAME.1, NAME.2 ... so that a fresh one loses nothing."""
@@ -432,7 +463,7 @@ def open_run(
 ) -> LoadedRun:
     """Load model and tokenizer of a run for sampling; also while it trains (a pruned checkpoint is retried once)."""
     folder, step = find_run(target)
-    checkpoint, model = _load_first(folder, step or which, device, dtype)
+    checkpoint, model = folder.first(step or which, lambda found: (found, found.load_model(device, dtype)))
     tokenizer = folder.tokenizer()
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
@@ -447,38 +478,18 @@ def open_run(
     return LoadedRun(folder, checkpoint, model, tokenizer)
 
 
-def _load_first(
-    folder: RunFolder, which: str, device: torch.device | str, dtype: torch.dtype
-) -> tuple[Checkpoint, GPT]:
-    """The first candidate whose files are whole, of those that are used. Twice, because a trainer may prune meanwhile."""
-    for last_attempt in (False, True):
-        candidates = folder.candidates(which)
-        for checkpoint in candidates:
-            try:
-                return checkpoint, checkpoint.load_model(device, dtype)
-            except DamagedCheckpoint:
-                if last_attempt and len(candidates) == 1:
-                    raise
-    raise DamagedCheckpoint(f"all {len(candidates)} checkpoints of {folder.path} are damaged")
-
-
 def is_milestone(step: int) -> bool:
     """100, 300, 1,000, 3,000, 10,000 ..."""
     digits = str(step)
     return step >= 100 and digits[0] in "13" and digits[1:].strip("0") == ""
 
 
-def no_space_left(error: OSError) -> bool:
-    """Whether an error of the file system means that the disk, or the quota, is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def _flock(descriptor: int, seconds: float = 0.0) -> bool:
-    """Lock a file after waiting so long; False when another has it."""
+    """Lock a file after waiting so long; False when another has it; OSError where files cannot be locked."""
     time.sleep(seconds)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True
 
@@ -533,8 +544,35 @@ def _free_name(path: Path) -> Path:
     return candidate
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+class _Hashed:
+    """Pieces on their way to the disk, counted and hashed as they pass."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self.pieces, self.digest, self.size = pieces, hashlib.sha256(), 0
+
+    def __iter__(self) -> Iterator[Piece]:
+        for piece in self.pieces:
+            self.digest.update(piece)
+            self.size += len(piece)
+            yield piece
+
+
+def safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
+    """The bytes of a safetensors file (https://github.com/huggingface/safetensors#format) piece by piece, so that the file is
+    never in memory a second time: a JSON header with its length before it, then the tensors, widest elements first."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header, end = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        data = flat.numpy().data
+        yield from (data[start : start + PIECE] for start in range(0, len(data), PIECE))
 
 
 def _json(value: Any) -> bytes:

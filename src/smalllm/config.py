@@ -200,6 +200,13 @@ class TrainConfig(Section):
     keep: int = Field(3, ge=1, description="checkpoints kept besides the best")
     milestones: bool = Field(True, description="keep the models of steps 100, 300, 1,000, 3,000 ... to look back at")
     patience: int = Field(0, ge=0, description="evaluations without improvement before stopping; 0: never")
+    spike_sigmas: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="leave out updates whose loss or gradient norm is so many standard deviations above the mean of the last"
+        " 128, and go back to the last checkpoint after ten in a row; 0: never",
+    )
     memory_gb: float = Field(
         0.0,
         ge=0.0,
@@ -346,11 +353,29 @@ def setting_names() -> list[str]:
     return names
 
 
-RESUME_FIXED = ("seed", "model.", "data.", "optim.kind", "train.batch_tokens")
-"""Settings and sections that a run cannot change when it is continued: another value is another run."""
+RESUME: dict[str, Literal["free", "force", "fixed"]] = {
+    **dict.fromkeys((
+        "name", "data.path", "optim.lr", "optim.adam_lr", "optim.betas", "optim.weight_decay", "optim.clip", "optim.schedule",
+        "optim.warmup_steps", "optim.final_lr_fraction", "optim.cooldown_fraction", "train.steps", "train.minutes",
+        "train.micro_batch", "train.recompute", "train.compile", "train.parallel", "train.log_every", "train.evaluate_every",
+        "train.checkpoint_every", "train.keep", "train.milestones", "train.patience", "train.memory_gb", "train.device",
+        "train.sample_prompt", "train.sample_tokens", "train.preflight", "train.track", "train.spike_sigmas",
+    ), "free"),
+    **dict.fromkeys((
+        "seed", "data.packing", "model.dropout", "train.batch_tokens", "train.precision", "train.evaluate_tokens",
+    ), "force"),
+    **dict.fromkeys((
+        "data.source", "data.valid", "data.vocab_size", "data.limit", "data.sample_rate", "data.num_files", "model.layers",
+        "model.width", "model.heads", "model.kv_heads", "model.mlp_width", "model.context", "model.vocab_size",
+        "model.positions", "model.norm", "model.activation", "model.qk_norm", "model.bias", "model.tie_embeddings",
+        "model.rope_theta", "optim.kind",
+    ), "fixed"),
+}  # fmt: skip
+"""What becomes of a setting that differs when a run is continued. ``free``: it holds from now on, which is said. ``force``:
+so too, but only when asked for, since the figures before and after do not compare. ``fixed``: it would be another run."""
 
 
-def changed_settings(old: RunConfig, new: RunConfig) -> list[str]:
+def changed_settings(old: RunConfig, new: RunConfig, force: bool = False) -> list[str]:
     """What differs between a run's settings and those it is to continue with, as ``key=new (was old)``. UserError for a
     setting that makes it another run. The folder of the data may move: the data itself is compared by fingerprint."""
     changes = []
@@ -358,9 +383,12 @@ def changed_settings(old: RunConfig, new: RunConfig) -> list[str]:
         before, after = _get(old, key), _get(new, key)
         if before == after or key == "data.path":
             continue
-        if key.startswith(RESUME_FIXED):
+        ways = f"give {key}={before}, another --out, or --fresh"
+        if RESUME[key] == "fixed":
+            raise UserError(f"{key} = {after} but the run was begun with {before}; {ways}")
+        if RESUME[key] == "force" and not force:
             raise UserError(
-                f"{key} = {after} but the run was begun with {before}; give {key}={before}, another --out, or --fresh"
+                f"{key} = {after} but the run was begun with {before}; {ways}, or go on all the same by --force"
             )
         changes.append(f"{key}={after} (was {before})")
     return changes

@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -83,11 +83,13 @@ def score_documents(
     *,
     batch_tokens: int = BATCH_TOKENS,
     autocast: contextlib.AbstractContextManager[Any] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score documents given as ids from begin to end of text, and the UTF-8 bytes of the text of each.
 
     ``autocast`` is entered around the body of the model; the head and the softmax are float32. The result depends on
-    ``batch_tokens`` by rounding only. UserError when there is no document or no text.
+    ``batch_tokens`` by rounding only. ``between`` is called before each batch and may end the scoring by raising.
+    UserError when there is no document or no text.
     """
     if not documents or not sum(text_bytes):
         raise UserError(f"there is no text to evaluate in {len(documents)} documents; give a file with text")
@@ -95,7 +97,7 @@ def score_documents(
     model.eval()
     try:
         with autocast or contextlib.nullcontext():
-            nats = _document_nats(model, documents, batch_tokens)
+            nats = _document_nats(model, documents, batch_tokens, between)
     finally:
         model.train(training)
     return summarize(nats, sum(len(ids) - 1 for ids in documents), np.asarray(text_bytes, dtype=np.int64))
@@ -154,12 +156,15 @@ def windows(length: int, context: int) -> list[Window]:
 
 
 @torch.inference_mode()
-def _document_nats(model: GPT, documents: Sequence[np.ndarray], batch_tokens: int) -> np.ndarray:
+def _document_nats(
+    model: GPT, documents: Sequence[np.ndarray], batch_tokens: int, between: Callable[[], None]
+) -> np.ndarray:
     """The summed -ln p of each document, float64 [documents]."""
     device = model.embedding.weight.device
     weight = model.head.weight.float()
     nats = np.zeros(len(documents))
     for batch in _batches(documents, model.config.context, batch_tokens):
+        between()
         ids, targets = _padded(documents, batch)
         losses = _losses(model, weight, ids.to(device), targets.to(device))
         np.add.at(nats, [document for document, _ in batch], losses.sum(dim=1).cpu().numpy())

@@ -91,6 +91,12 @@ def memory_now(device: torch.device) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch, Python or a kernel in C++ means that there was not enough memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """Count ``peak_memory`` anew, where that can be done: on CUDA."""
     if device.type == "cuda":

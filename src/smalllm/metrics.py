@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from smalllm.config import UserError
+from smalllm.files import FileSystem
 
 Record = dict[str, Any]
 
@@ -42,24 +42,26 @@ class Silence:
 class MetricsLog:
     """Appends one JSON object per logged step; ``rewind`` drops what a crash left beyond the resumed step."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, files: FileSystem | None = None) -> None:
+        self.path, self.files = path, files or FileSystem()
+        self.unwritten = b""
 
     def append(self, record: Mapping[str, Any]) -> None:
-        with open(self.path, "ab") as file:
-            file.write((json.dumps(json_safe(record), allow_nan=False) + "\n").encode())
+        """Add a record. On an error (a full disk) it is kept and written with the next one: no step is missing later."""
+        self.unwritten += (json.dumps(json_safe(record), allow_nan=False) + "\n").encode()
+        self.files.append(self.path, self.unwritten)
+        self.unwritten = b""
+
+    def sync(self) -> None:
+        """What was appended survives a power cut when this returns."""
+        self.files.sync_file(self.path)
 
     def rewind(self, step: int) -> None:
-        """Keep the records up to and including ``step``; a torn last line goes as well."""
+        """Keep the records up to and including ``step``, each once; a torn last line goes as well."""
         if not self.path.exists():
             return
-        kept = [record for record in read_records(self.path) if record["step"] <= step]
-        temporary = self.path.with_name(f".tmp-{self.path.name}-{os.getpid()}")
-        with open(temporary, "wb") as file:
-            file.writelines((json.dumps(record) + "\n").encode() for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        kept = {record["step"]: record for record in read_records(self.path) if record["step"] <= step}
+        self.files.replace(self.path, [(json.dumps(kept[number]) + "\n").encode() for number in sorted(kept)])
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -103,10 +105,25 @@ class Throughput:
         self.step_seconds: deque[tuple[float, int]] = deque(maxlen=64)
         self.window: list[tuple[float, int]] = []
         self.planned = -math.inf
+        self.fresh = True
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed session needs in order to plan as this one would have gone on planning."""
+        since = None if math.isinf(self.planned) else self.clock() - self.planned
+        return {"steps": self.steps, "recent": list(self.step_seconds), "since_plan": since}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from ``to_json`` of an earlier session."""
+        self.steps = saved["steps"]
+        self.step_seconds.extend((seconds, tokens) for seconds, tokens in saved["recent"])
+        self.planned = -math.inf if saved["since_plan"] is None else self.clock() - saved["since_plan"]
 
     def add(self, seconds: float, tokens: int) -> None:
         """A step took so long and trained on so many tokens."""
         self.steps += 1
+        first, self.fresh = self.fresh, False
+        if first and self.steps > 1:  # of a session that was resumed
+            return
         if self.steps == 2:
             self.step_seconds.clear()
             self.window.clear()

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from smalllm.checkpoint import FileSystem, LoadedRun, open_run
+from smalllm.checkpoint import LoadedRun, open_run
 from smalllm.config import UserError
 from smalllm.conversation import has_turns
 from smalllm.data import storyworld
@@ -24,6 +24,7 @@ from smalllm.export.card import UNKNOWN_LICENCE, Card, card_of, measured
 from smalllm.export.certificate import Exported, OwnReader, TransformersReader, certify, faults, installed
 from smalllm.export.destination import CERTIFICATE, certificate_file, check_free, replacing
 from smalllm.export.llamacpp import LlamaCpp
+from smalllm.files import FileSystem
 from smalllm.terminal import plain
 
 Format = Literal["huggingface", "gguf", "llama2c", "html"]
@@ -103,11 +104,9 @@ def export_run(
             )
         data = (json.dumps(certificate | {"path": out.name}, indent=1) + "\n").encode()  # not where one's files lie
         if temporary.is_dir():
-            files.write(temporary / CERTIFICATE, data)
+            files.write(temporary / CERTIFICATE, [data])
     if not out.is_dir():
-        place = certificate_file(out)
-        files.write(place.with_name(f".tmp-{place.name}"), data)
-        files.rename(place.with_name(f".tmp-{place.name}"), place)
+        files.replace(certificate_file(out), [data])
     return certificate
 
 

@@ -7,8 +7,9 @@ import json
 import math
 import os
 import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -19,7 +20,7 @@ from smalllm.config import RunConfig, UserError, load_recipe
 from smalllm.data.prepare import PrepareProgress
 from smalllm.metrics import Record, json_safe
 from smalllm.native import build
-from smalllm.terminal import plain
+from smalllm.terminal import LastingOutput, plain
 
 if TYPE_CHECKING:
     from smalllm.training.trainer import Summary
@@ -35,6 +36,7 @@ def train(
     out: Annotated[Path | None, Parameter(name="--out")] = None,
     minutes: Annotated[float | None, Parameter(name="--minutes")] = None,
     fresh: Annotated[bool, Parameter(name="--fresh", negative="")] = False,
+    force: Annotated[bool, Parameter(name="--force", negative="")] = False,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Train a model, or continue a run that was stopped.
@@ -51,6 +53,8 @@ def train(
         Wall-clock budget; the run plans its steps to end on time.
     fresh
         Start again; an old run is moved aside.
+    force
+        Continue a run even with settings or data after which its figures do not compare with those before.
     json_output
         Print one JSON object to standard output, everything else to standard error.
     """
@@ -58,11 +62,13 @@ def train(
     from smalllm.training.trainer import train as train_run
 
     config = settings(words, data, minutes)
-    console = Console(stderr=json_output)
+    console = Console(file=cast(TextIO, LastingOutput(sys.stderr if json_output else sys.stdout)))
     display = Bars(console, config) if console.is_terminal else Lines(console, config)
     command = shlex.join(["smalllm", "train", *words, *_given(data=data, out=out, minutes=minutes)])
     try:
-        summary = train_run(config, out, fresh=fresh, display=display, progress=display.preparing, command=command)
+        summary = train_run(
+            config, out, fresh=fresh, display=display, progress=display.preparing, command=command, force=force
+        )
     finally:
         display.close()
     if json_output:

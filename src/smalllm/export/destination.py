@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from smalllm.checkpoint import FileSystem
 from smalllm.config import UserError
+from smalllm.files import FileSystem
 
 CERTIFICATE = "certificate.json"
 
@@ -85,7 +85,5 @@ def _sync(path: Path, files: FileSystem) -> None:
 
 
 def _remove(path: Path, files: FileSystem) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if path.exists() or path.is_symlink():
         files.remove_tree(path)
-    else:
-        path.unlink(missing_ok=True)

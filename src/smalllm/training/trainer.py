@@ -31,13 +31,13 @@ from smalllm.checkpoint import (
     copy_weights,
     is_milestone,
     model_weights,
-    no_space_left,
 )
 from smalllm.config import RunConfig, UserError, changed_settings
 from smalllm.data.batches import Batches, Prefetch
 from smalllm.data.prepare import PrepareProgress, prepare
 from smalllm.data.shards import TokenDataset
 from smalllm.evaluation import Evaluation, score_documents, storyworld_floor
+from smalllm.files import no_space_left
 from smalllm.generation import Generator, SamplingParams
 from smalllm.metrics import Display, MetricsLog, Record, Silence, Sinks, Throughput, json_safe, model_flops_utilization
 from smalllm.model import GPT
@@ -54,8 +54,10 @@ from smalllm.runtime import (
     seed_everything,
     set_deterministic,
 )  # fmt: skip
+from smalllm.training.guards import SpikeGuard, failure_report, gradient_norms
 from smalllm.training.objectives import cross_entropy_sum
 from smalllm.training.optimizer import Optimizer
+from smalllm.training.saver import Saver
 from smalllm.training.schedule import Plan, lr_fraction
 
 EVALUATIONS = 10
@@ -65,11 +67,17 @@ EVALUATION_SHARE = 0.012
 FINAL_TOKENS = 200_000
 """Validation tokens at most of the figure that ends a run; ``smalllm evaluate`` scores all of them."""
 SKIPS_IN_A_ROW = 10
+ROLLBACKS = 3
+"""Times that a run goes back to its last checkpoint because of spikes, before it gives up."""
 UNPLANNED = 10**9
 
 
 class TrainingFailure(UserError):
     """Training cannot go on; the last checkpoint is good."""
+
+
+class _Interrupted(Exception):
+    """A signal came during an evaluation."""
 
 
 @dataclass
@@ -89,6 +97,13 @@ class State:
     evaluation_due: bool = False
     skipped: int = 0
     skipped_in_a_row: int = 0
+    spikes_in_a_row: int = 0
+    rollbacks: int = 0
+    passed_over: int = 0
+    """Steps whose data a rollback left out: step s reads the batch of step s + passed_over."""
+    spike_window: list[tuple[float, float]] = field(default_factory=list)
+    timer: dict[str, Any] = field(default_factory=dict)
+    evaluation_seconds: float = 0.0
     stopping: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -152,9 +167,9 @@ class Trainer:
     def __init__(
         self, config: RunConfig, folder: RunFolder, *, display: Display | None = None,
         progress: Callable[[PrepareProgress], None] | None = None, clock: Callable[[], float] = time.monotonic,
-        command: str = "",
+        command: str = "", force: bool = False,
     ) -> None:  # fmt: skip
-        self.clock = clock
+        self.clock, self.force = clock, force
         self.folder, self.display, self.command = folder, display or Silence(), command
         self.runtime: Runtime = make_runtime(config.train.device, config.train.precision)
         set_deterministic(self.runtime.device)
@@ -174,6 +189,10 @@ class Trainer:
         fit = fit_memory(self.model, self.runtime, train)
         self.micro_batch, self.model.recompute = fit.micro_batch, fit.recompute
         self.state = State(plan=Plan(train.steps or UNPLANNED))
+        self.spikes = SpikeGuard(train.spike_sigmas)
+        self.log_file = MetricsLog(folder.metrics_file, folder.files)
+        self.sample_file = MetricsLog(folder.samples_file, folder.files)
+        self.saver = Saver(folder, train.keep, (self.log_file, self.sample_file))
         self.record: Record = {}
         self.execution: Execution = "plain"
         self.signal: int = 0
@@ -182,10 +201,11 @@ class Trainer:
 
     def fit(self) -> Summary:
         """Train to the end of the plan, or until stopped; returns how it went. The last checkpoint is always written."""
-        with self._signals(), contextlib.closing(self.prefetch):
+        with self._signals(), contextlib.closing(self.prefetch), self._reported():
             self.begin()
             while not self.finished():
                 self.step()
+                self.hear_of_failures()
                 self.state.evaluation_due = self.due_evaluation()
                 if self.state.evaluation_due or self.due(self.config.train.log_every):
                     self.log()
@@ -203,7 +223,7 @@ class Trainer:
         """One optimizer step: accumulate, unscale, clip, check, update. What is not finite never reaches the weights."""
         state, train_start = self.state, self.clock()
         lr = self.optimizer.set_lr(lr_fraction(self.config.optim, state.step, state.plan.progress(state.step)))
-        tokens = self.batches.tokens(state.step)
+        tokens = self.batches.tokens(self.data_step)
         loss = self.accumulate(tokens)
         norm = self.unscaled_norm()
         while self.scaler is not None and not math.isfinite(norm) and self.scaler.get_scale() > 1.0:
@@ -211,14 +231,16 @@ class Trainer:
             self.optimizer.zero_grad()
             loss = self.accumulate(tokens)
             norm = self.unscaled_norm()
-        if math.isfinite(loss) and math.isfinite(norm):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skip(loss, norm)
+        elif self.spikes.is_spike(loss, norm):
+            self.skip_spike(loss, norm)
+        else:
             self.clip(norm)
             self.optimizer.step()
-            state.skipped_in_a_row = 0
+            state.skipped_in_a_row = state.spikes_in_a_row = 0
             state.window_loss += loss * tokens
             state.window_tokens += tokens
-        else:
-            self.skip(loss, norm)
         if self.scaler is not None:
             self.scaler.update()
         self.optimizer.zero_grad()
@@ -226,32 +248,41 @@ class Trainer:
         state.tokens += tokens
         self.timer.add(self.clock() - train_start, tokens)
         self.record = {"lr": lr, "gradient_norm": norm}
+        if self.saver.thread is None:  # the first step of a session: the optimizer has its state now
+            self.saver.make_room(self.snapshot())
 
     def accumulate(self, tokens: int) -> float:
         """Gradient of (sum of losses) / tokens over the micro-batches of the step; returns that loss."""
         try:
             return self._accumulate(tokens)
-        except torch.OutOfMemoryError:
-            if self.micro_batch == 1:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not hardware.is_out_of_memory(error):
+                self._forget_compiler(error)
+            elif self.micro_batch == 1:
                 raise TrainingFailure(
                     "out of memory with one sequence at a time; set model.context or model.width lower, or train.recompute=true"
                 ) from None
-            self.micro_batch //= 2
-            self.display.note(
-                f"out of memory: going on with train.micro_batch={self.micro_batch} (the same mathematics)"
-            )
+            else:
+                self.micro_batch //= 2
+                self.display.note(
+                    f"out of memory: going on with train.micro_batch={self.micro_batch} (the same mathematics)"
+                )
         except Exception as error:
-            if not (self.execution == "compiled" and self.timer.steps == 0):
-                raise
-            forget_compiled(self.model)
-            self.execution = "plain"
-            self.display.note(f"torch.compile failed ({type(error).__name__}); going on without it")
+            self._forget_compiler(error)
         self.optimizer.zero_grad()
         return self.accumulate(tokens)
 
+    def _forget_compiler(self, error: Exception) -> None:
+        """Go on without torch.compile if that may be what failed; else raise."""
+        if not (self.execution == "compiled" and self.timer.steps == 0):
+            raise error
+        forget_compiled(self.model)
+        self.execution = "plain"
+        self.display.note(f"torch.compile failed ({type(error).__name__}); going on without it")
+
     def _accumulate(self, tokens: int) -> float:
         total = torch.zeros((), device=self.runtime.device)
-        for index, batch in enumerate(self.prefetch.step(self.state.step, self.micro_batch)):
+        for index, batch in enumerate(self.prefetch.step(self.data_step, self.micro_batch)):
             if self.config.model.dropout:
                 seed_everything(self.config.seed, self.state.step, index)
             with self.runtime.autocast():
@@ -289,19 +320,50 @@ class Trainer:
                 f" {self.state.step + 1}; lower optim.lr, or set train.precision=fp32"
             )
 
+    def skip_spike(self, loss: float, norm: float) -> None:
+        """Leave out the update of a step that stands out; ten in a row lead back to the last checkpoint."""
+        state = self.state
+        state.skipped += 1
+        state.spikes_in_a_row += 1
+        self.display.note(
+            f"step {state.step + 1} skipped: loss {loss:.3f} or gradient norm {norm:.3f} stands out by more than"
+            f" train.spike_sigmas={self.spikes.sigmas:g}; the weights are as before"
+        )
+        if state.spikes_in_a_row >= SKIPS_IN_A_ROW:
+            self.roll_back()
+
+    def roll_back(self) -> None:
+        """Go on from the last checkpoint, with other data than led here."""
+        step, rollbacks, seconds, plan = self.state.step, self.state.rollbacks, self.seconds(), self.state.plan
+        self.saver.wait()
+        checkpoint = self.folder.newest_valid(warn=self.display.note)
+        if checkpoint is None or rollbacks >= ROLLBACKS:
+            raise TrainingFailure(
+                f"{SKIPS_IN_A_ROW} steps in a row stood out, the last at step {step + 1}, after {rollbacks} rollbacks;"
+                " lower optim.lr, look at the data, or set train.spike_sigmas=0"
+            )
+        self.restore(checkpoint)
+        state = self.state
+        state.rollbacks, state.seconds, state.spikes_in_a_row = rollbacks + 1, seconds, 0
+        state.passed_over += step + 1 - state.step
+        state.plan, self.started = plan if self.config.train.minutes else state.plan, self.clock()
+        self.rewind_logs()
+        self.optimizer.zero_grad()
+        self.display.note(f"back to step {state.step}; the data of the {step + 1 - state.step} steps since is left out")
+
     # ── beginning and end ──
 
     def begin(self) -> None:
         """Resume from the newest checkpoint that verifies, or check everything and start."""
-        self.timer, self.evaluation_seconds = Throughput(self.clock), 0.0
-        self.log_file, self.sample_file = MetricsLog(self.folder.metrics_file), MetricsLog(self.folder.samples_file)
+        self.timer = Throughput(self.clock)
         checkpoint = self.folder.newest_valid(warn=self.display.note)
         if checkpoint is not None:
             self.resume(checkpoint)
         else:
             self.folder.files.mkdir(self.folder.path)
             self.rewind_logs()  # of a run that was killed before its first checkpoint
-            self.tokenizer.save(self.folder.tokenizer_file)
+            self.folder.write_bytes(self.folder.tokenizer_file, self.tokenizer.model_bytes)
+        self.check_room()
         self.accelerate(checkpoint)
         if self.model.recompute and not self.config.train.recompute:
             self.display.note(
@@ -356,26 +418,35 @@ class Trainer:
             return self.adopt(checkpoint)
         self._refuse_other_run(stored)
         old = self.folder.config()
-        for change in changed_settings(old, self.config):
+        for change in changed_settings(old, self.config, self.force):
             self.display.note(f"continuing with {change}")
-        copy_weights(self.model, checkpoint.weights(), str(checkpoint.path))
-        self.optimizer.load_state_tensors(checkpoint.optimizer())
-        self.state = State.from_json(stored["training"])
+        self.restore(checkpoint)
         if stored["flavour"] != self.optimizer.flavour or stored["precision"] != self.runtime.precision:
             self.display.note(
                 f"this machine computes with {self.optimizer.flavour}, {self.runtime.precision} instead of"
                 f" {stored['flavour']}, {stored['precision']}: the run goes on, but not bit for bit"
             )
-        if self.scaler is not None and stored["scaler"]:
-            self.scaler.load_state_dict(stored["scaler"])
         if not self.config.train.micro_batch:  # the same division gives the same bits; a smaller budget wins
             self.micro_batch = (
                 min(stored["micro_batch"], self.micro_batch) if self.config.train.memory_gb else stored["micro_batch"]
             )
         self._keep_plan(old)
-        self.record = stored["record"]
+        if self.state.best_step != self.folder.best_step():  # the hint of a checkpoint that was never finished
+            self.folder.mark_best(self.state.best_step)
         self.rewind_logs()
         self.display.note(f"resumed from step {self.state.step}")
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Weights, optimizer, loss scaling and numbers as they were when the checkpoint was saved."""
+        stored = checkpoint.state()
+        copy_weights(self.model, checkpoint.weights(), str(checkpoint.path))
+        self.optimizer.load_state_tensors(checkpoint.optimizer())
+        if self.scaler is not None and stored["scaler"]:
+            self.scaler.load_state_dict(stored["scaler"])
+        self.state, self.record = State.from_json(stored["training"]), stored["record"]
+        self.spikes.restore(self.state.spike_window)
+        if self.state.timer:
+            self.timer.restore(self.state.timer)
 
     def adopt(self, checkpoint: Checkpoint) -> None:
         """Begin with the weights of a model that was imported: they are all that its checkpoint holds."""
@@ -400,11 +471,14 @@ class Trainer:
 
     def _refuse_other_run(self, stored: dict[str, Any]) -> None:
         self._refuse_other_tokenizer(stored)
-        if stored["data_fingerprint"] != self.dataset.fingerprint:
+        if stored["data_fingerprint"] == self.dataset.fingerprint:
+            return
+        if not self.force:
             raise UserError(
-                f"run {self.folder.path} was trained on other data than {self.dataset.folder} holds;"
-                " give its own data with --data, start another run with --out, or start again with --fresh"
+                f"run {self.folder.path} was trained on other data than {self.dataset.folder} holds; give its own data with"
+                " --data, start another run with --out, or go on with this data by --force"
             )
+        self.display.note(f"continuing with other data: {self.dataset.folder}")
 
     def _keep_plan(self, old: RunConfig) -> None:
         """A run continued as it was keeps its plan; one with another length gets a new one."""
@@ -425,14 +499,13 @@ class Trainer:
 
     def end(self) -> Summary:
         """Save what is not saved, judge the model on the whole validation split, and sum up."""
-        saved = self.folder.newest_step() == self.state.step
-        if not saved:
-            self.save(final=True)
-        because = signal.Signals(self.signal).name if self.signal else self.state.stopping
-        if self.signal:
-            return self._summary(because, None, None)
+        self.save_for_good()
         documents = self._final_documents()
-        evaluation = self.evaluate(documents)
+        try:
+            evaluation = self.evaluate(documents)
+        except _Interrupted:
+            return self._summary(signal.Signals(self.signal).name, None, None)
+        because = self.state.stopping
         self.sinks.write({"step": self.state.step, "final_bits_per_byte": evaluation.bits_per_byte})
         return self._summary(
             because, evaluation, storyworld_floor([self.tokenizer.decode(ids.tolist()) for ids in documents])
@@ -456,6 +529,11 @@ class Trainer:
         )  # fmt: skip
 
     # ── cadence ──
+
+    @property
+    def data_step(self) -> int:
+        """The step of the data that this step reads."""
+        return self.state.step + self.state.passed_over
 
     def due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step >= self.state.plan.steps
@@ -487,7 +565,12 @@ class Trainer:
         if not train.minutes or state.stopping or not self.timer.due_to_plan(train.minutes * 60):
             return
         evaluations_left = EVALUATIONS * (1.0 - state.plan.progress(state.step))
-        left = train.minutes * 60 - self.seconds() - evaluations_left * self.evaluation_seconds - self.final_seconds()
+        left = (
+            train.minutes * 60
+            - self.seconds()
+            - evaluations_left * self.state.evaluation_seconds
+            - self.final_seconds()
+        )
         steps = state.step + max(1, int(left / self.timer.seconds_per_step()))
         if state.step < state.plan.steps:
             state.plan = state.plan.replanned(state.step, min(steps, train.steps or UNPLANNED))
@@ -516,43 +599,69 @@ class Trainer:
         """Tell the display where the run stands."""
         progress = self.state.plan.progress(self.state.step) if self.state.plan.steps < UNPLANNED else 0.0
         left = (self.state.plan.steps - self.state.step) * self.timer.seconds_per_step()
-        eta = left + EVALUATIONS * (1.0 - progress) * self.evaluation_seconds if progress else math.nan
+        eta = left + EVALUATIONS * (1.0 - progress) * self.state.evaluation_seconds if progress else math.nan
         self.display.progress({"step": self.state.step, **self.record, "progress": progress, "eta_seconds": eta})
 
     def write_record(self) -> None:
         """Append the object of this step to metrics.jsonl, if it was logged or evaluated."""
         if "train_loss" in self.record or "valid_loss" in self.record:
             record = {"step": self.state.step, **self.record}
-            self.log_file.append(record)
+            self._append(self.log_file, record)
             self.sinks.write(record)
+
+    def _append(self, log: MetricsLog, record: Record) -> None:
+        try:
+            log.append(record)
+        except OSError as error:
+            self.display.note(f"{log.path} cannot be written now: {_reason(error)}; its lines are kept until it can")
 
     def mfu(self, tokens_per_second: float) -> float:
         return model_flops_utilization(tokens_per_second, self.model.flops_per_token(), self.runtime.peak_flops())
 
-    def save(self, final: bool = False) -> None:
-        """Write a checkpoint. A full disk costs this checkpoint only, unless it was the last one."""
-        try:
-            self.folder.save(self.snapshot(), self.config.train.keep)
-        except OSError as error:
-            message = (
-                f"the checkpoint of step {self.state.step} could not be written to {self.folder.path}: {_reason(error)}"
-            )
-            if final:
-                raise TrainingFailure(
-                    f"{message}; free some space and run the same command again to go on from step {self.folder.newest_step() or 0}"
-                ) from None
-            self.display.note(f"{message}; the older ones are whole, training goes on")
+    def save(self) -> None:
+        """Have a checkpoint of this step written while training goes on."""
+        self.saver.save(self.snapshot())
 
     def save_milestone(self) -> None:
-        """Keep the weights of this step to be looked back at."""
-        try:
-            self.folder.save_milestone(self.snapshot())
-        except OSError as error:
-            self.display.note(f"the model of step {self.state.step} was not kept to look back at: {_reason(error)}")
+        """Have the weights of this step kept to be looked back at."""
+        self.saver.save_milestone(self.snapshot())
+
+    def save_for_good(self) -> None:
+        """The checkpoint of this step is on the disk when this returns; TrainingFailure when it cannot be."""
+        self.saver.wait()
+        self.hear_of_failures()
+        if self.folder.newest_step() == self.state.step:
+            return
+        self.save()
+        self.saver.wait()
+        for unsaved in self.saver.failures():
+            raise TrainingFailure(
+                f"{unsaved.what} could not be written to {self.folder.path}: {_reason(unsaved.error)}; mend that and run the"
+                f" same command again to go on from step {self.folder.newest_step() or 0}"
+            )
+
+    def hear_of_failures(self) -> None:
+        """A checkpoint that could not be written costs that checkpoint, not the run."""
+        for unsaved in self.saver.failures():
+            self.display.note(
+                f"{unsaved.what} could not be written to {self.folder.path}: {_reason(unsaved.error)}; the older ones are whole,"
+                " training goes on"
+            )
+
+    def check_room(self) -> None:
+        """UserError when the disk has no room for a single checkpoint."""
+        need, free = 12 * self.model.parameters_count(), self.folder.files.free_bytes(self.folder.path)
+        if free < need:
+            raise UserError(
+                f"{self.folder.path} has {free / 2**20:.0f} MiB of free space and a checkpoint of this model takes"
+                f" {need / 2**20:.0f} MiB; free some, or choose a folder on another disk with --out"
+            )
 
     def snapshot(self) -> Snapshot:
         """All that training needs to go on from here."""
-        state = dataclasses.replace(self.state, seconds=self.seconds())
+        state = dataclasses.replace(
+            self.state, seconds=self.seconds(), spike_window=self.spikes.to_json(), timer=self.timer.to_json()
+        )
         return Snapshot(
             step=state.step, model=self.config.model, weights=model_weights(self.model),
             optimizer=self.optimizer.state_tensors(),
@@ -567,7 +676,15 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation set, tell a story, note whether this is the best so far."""
         state, began = self.state, self.clock()
-        evaluation = self.evaluate(self._validation_documents())
+        try:
+            evaluation = self.evaluate(self._validation_documents())
+        except _Interrupted:
+            return  # it is still due, and the first thing that the next session does
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not hardware.is_out_of_memory(error):
+                raise
+            state.evaluation_due = False
+            return self.display.note("out of memory in the evaluation: training goes on without it")
         self.record |= {"valid_loss": evaluation.loss, "valid_bits_per_byte": evaluation.bits_per_byte}
         if evaluation.bits_per_byte < state.best_bits_per_byte:
             state.best_bits_per_byte, state.best_step, state.evaluations_without_gain = (
@@ -575,13 +692,13 @@ class Trainer:
                 state.step,
                 0,
             )
-            self.folder.mark_best(state.step)
+            self.saver.mark_best(state.step)
         else:
             state.evaluations_without_gain += 1
         state.evaluation_due = False
         self.show()
         self.sample()
-        self.evaluation_seconds = self.clock() - began
+        self.state.evaluation_seconds = self.clock() - began
         if 0 < self.config.train.patience <= state.evaluations_without_gain and not state.stopping:
             self.stop_early()
 
@@ -601,9 +718,16 @@ class Trainer:
         )
 
     def evaluate(self, documents: list[np.ndarray]) -> Evaluation:
+        """Bits per byte of these documents; a signal ends it between two batches."""
         sizes = [len(self.tokenizer.decode(ids.tolist()).encode()) for ids in documents]
         with eager(self.execution == "compiled"):
-            return score_documents(self.model, documents, sizes, autocast=self.runtime.autocast())
+            return score_documents(
+                self.model, documents, sizes, autocast=self.runtime.autocast(), between=self._heed_signal
+            )
+
+    def _heed_signal(self) -> None:
+        if self.signal:
+            raise _Interrupted
 
     def sample(self) -> None:
         """A story at this point of training, also kept in samples.jsonl."""
@@ -613,7 +737,7 @@ class Trainer:
         params = SamplingParams(max_tokens=train.sample_tokens, seed=self.config.seed)
         with eager(self.execution == "compiled"), self.runtime.autocast():
             completion = Generator(self.model, self.tokenizer).complete(train.sample_prompt, params)
-        self.sample_file.append({"step": self.state.step, "prompt": completion.prompt, "text": completion.text})
+        self._append(self.sample_file, {"step": self.state.step, "prompt": completion.prompt, "text": completion.text})
         self.display.story(self.state.step, completion.prompt, completion.text)
 
     def _validation_documents(self) -> list[np.ndarray]:
@@ -652,9 +776,40 @@ class Trainer:
         }  # fmt: skip
 
     @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """The end of a run, however it comes: what is being saved is finished, and a failure leaves its report."""
+        try:
+            yield
+        except KeyboardInterrupt:  # twice: at once
+            raise
+        except TrainingFailure as failure:
+            self.saver.close()
+            self.report(failure)
+            raise
+        except BaseException:
+            self.saver.close()
+            raise
+        self.saver.close()
+
+    def report(self, failure: TrainingFailure) -> None:
+        """Write failure.md and add where it lies to the message."""
+        latest = self.folder.newest_step()
+        facts = {
+            "step": self.state.step + 1, "tokens so far": self.state.tokens, "skipped steps": self.state.skipped,
+            "learning rate": self.record.get("lr"), "precision": self.runtime.precision, "micro-batch": self.micro_batch,
+            "last whole checkpoint": "none" if latest is None else f"step {latest}", "command": self.command or "-",
+        }  # fmt: skip
+        norms = gradient_norms(self.model)
+        page = failure_report(str(failure), facts, norms, self.batches, self.data_step, self.tokenizer)
+        with contextlib.suppress(OSError):  # a full disk may be what the failure is about
+            self.folder.write_text(self.folder.failure_file, page)
+            failure.args = (f"{failure}; more in {self.folder.failure_file}",)
+
+    @contextmanager
     def _signals(self) -> Iterator[None]:
         """The first SIGINT, SIGTERM or SIGHUP ends training at the next step, saved; a second one ends it at once."""
         names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        names = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]  # under nohup
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -675,23 +830,26 @@ class Trainer:
                 signal.signal(getattr(signal, name), handler)
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
     return "the disk is full" if no_space_left(error) else error.strerror or str(error)
 
 
 def train(
     config: RunConfig, out: Path | None = None, *, fresh: bool = False, display: Display | None = None,
-    progress: Callable[[PrepareProgress], None] | None = None, command: str = "",
+    progress: Callable[[PrepareProgress], None] | None = None, command: str = "", force: bool = False,
 ) -> Summary:  # fmt: skip
-    """Train a run to its end, or continue it when its folder has checkpoints. ``fresh`` moves an old run aside."""
+    """Train a run to its end, or continue it when its folder has checkpoints. ``fresh`` moves an old run aside; ``force``
+    continues it with settings or data that it was not begun with."""
     folder = RunFolder(Path(out) if out else Path("runs") / config.name)
     display = display or Silence()
-    folder.lock()
+    folder.lock(warn=display.note)
     try:
         if fresh and (aside := folder.set_aside()) is not None:
             display.note(f"the old run is now {aside}")
             folder.unlock()
             folder.lock()
-        return Trainer(config, folder, display=display, progress=progress, command=command).fit()
+        return Trainer(config, folder, display=display, progress=progress, command=command, force=force).fit()
     finally:
         folder.unlock()
