@@ -233,6 +233,26 @@ def test_the_queue_is_bounded_and_a_newcomer_gets_in(models):
     asyncio.run(main())
 
 
+def test_a_place_in_the_queue_is_kept_while_a_request_is_read(models):
+    served = models.current
+
+    async def main() -> None:
+        async with running(slots=1, queue=1) as engine:
+            with (
+                engine.place("me"),
+                engine.place("me"),
+                engine.place("me"),
+            ):  # a slot, and a newcomer's two in the queue
+                assert engine.busy("me")
+                with pytest.raises(Busy), engine.place("me"):
+                    pass
+                jobs = [submit(engine, served)]  # has a place
+            assert not engine.busy("me")
+            await finished(jobs[0])
+
+    asyncio.run(main())
+
+
 def test_clients_take_turns(models):
     """With one slot left, the waiting texts of three clients start one of each at a time."""
     order: list[str] = []

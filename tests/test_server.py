@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -374,18 +375,40 @@ def test_slow_clients_are_let_go(run):
         wait_until(lambda: not service.server.server_state.connections, 2.0)
 
 
+def test_who_does_not_read_is_hung_up_on(run):
+    """The system keeps little for him, and nothing when his time is over."""
+    with serving(run, deadlines=Deadlines(write=0.3)) as service, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        reader.connect(("127.0.0.1", service.port))
+        reader.sendall((b"GET /page/app.js HTTP/1.1\r\nHost: localhost:%d\r\n\r\n" % service.port) * 300)
+        ended = select.poll()
+        ended.register(reader, 0)
+        assert ended.poll(3000) and not wait_until(lambda: service.socket.inside == 0) > 1
+        with pytest.raises(ConnectionResetError):
+            while reader.recv(1 << 16):
+                pass
+
+
+def test_nothing_waits_for_nagle(service):
+    """A stream is many small writes; none may wait until the client has acknowledged the one before."""
+    with connect(service):
+        wait_until(lambda: service.server.server_state.connections)
+        guests = [guest.transport.get_extra_info("socket") for guest in service.server.server_state.connections]
+        assert all(guest.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for guest in guests)
+
+
 def test_there_may_be_so_many_connections(run):
     with serving(run, deadlines=Deadlines(connections=8)) as service, contextlib.ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(connect(service))
-        wait_until(lambda: len(service.server.server_state.connections) == 8)
+        wait_until(lambda: service.socket.inside == 8)
         reply = request(service, "GET", "/health")
         assert (reply.status, reply.headers["retry-after"]) == (503, "1") and reply.json()["error"][
             "code"
         ] == "overloaded"
         stack.close()
-        wait_until(lambda: not service.server.server_state.connections)
-        assert request(service, "GET", "/health").status == 200
+        wait_until(lambda: not service.socket.inside)
+        assert "smalllm_refused_connections_total 1\n" in request(service, "GET", "/metrics").body.decode()
 
 
 # ── S5, S6: clients that leave, models that fail ──
@@ -434,6 +457,18 @@ def test_a_full_queue_is_503_with_retry_after(run):
         wait_until(lambda: active(service) == 1)
         reply = complete(service)
         assert (reply.status, reply.headers["retry-after"], reply.json()["error"]["code"]) == (503, "1", "overloaded")
+        assert request(service, "GET", "/health").status == 200
+        assert service.meters.refused == 1 and not service.meters.requests[("/v1/completions", 503)]  # not even read
+        with connect(service) as kept:  # and who keeps a connection is told before his body is read
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost:%d\r\n\r\n" % service.port)
+            received = b""
+            while not received.endswith(b"}"):
+                received += kept.recv(4096)
+            kept.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost:%d\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 9\r\n\r\n" % service.port
+            )
+            assert Reply(kept.recv(4096)).status == 503
         threads[0].join()
 
 
@@ -533,6 +568,11 @@ def test_foreign_origins_are_refused(service, origin):
 
 def complete_from(service: Service, origin: str) -> Reply:
     return request(service, "POST", "/v1/completions", {"prompt": "", "max_tokens": 1}, origin=origin)
+
+
+def test_nothing_is_redirected(service):
+    for path in ("/health/", "/v1/completions/", "/run/metrics/"):
+        assert request(service, "GET", path).status == 404
 
 
 def test_our_own_page_may_ask(service):
@@ -700,6 +740,20 @@ def test_a_stream_that_is_too_long_for_the_drain_ends_with_an_error(run):
         service.stop()
         thread.join(10)
     assert b'data: {"error":{"message":"the server is shutting down' in texts[0] and b"[DONE]" not in texts[0]
+
+
+def test_a_whole_answer_that_is_too_long_for_the_drain_is_503(run):
+    replies: list[Reply] = []
+    with serving(run, drain_seconds=0.1) as service:
+        service.models.current.batch = Slow(service.models.current.new_batch(), 0.05)
+        thread = threading.Thread(
+            target=lambda: replies.append(complete(service, max_tokens=100, logit_bias=NEVER_END))
+        )
+        thread.start()
+        wait_until(lambda: active(service) == 1)
+        service.stop()
+        thread.join(10)
+    assert replies[0].status == 503 and replies[0].headers["retry-after"] == "10"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

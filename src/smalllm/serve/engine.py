@@ -10,11 +10,12 @@ few more, which only a client without any running row may take, keep a newcomer 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from smalllm.generation import Row, SamplingParams, Token
@@ -26,6 +27,7 @@ DEADLINE_SECONDS = 600.0
 UNHEALTHY_FAILURES, FAILURE_SECONDS = 3, 60.0
 CHECK_SECONDS = 0.1
 GATHER_SECONDS = 0.005  # between two pieces of a stream: nobody sees it, and a write costs as much as several tokens
+SHUTTING_DOWN = "the server is shutting down"
 log = logging.getLogger("smalllm.serve")
 
 
@@ -103,6 +105,7 @@ class Engine:
         self._total, self._deadline = slots + reserve(slots), deadline_seconds
         self._lock = threading.RLock()
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, in turns; under the lock
+        self._coming = 0  # places kept; under the lock
         self._left: deque[Job] = deque()
         self._outbox: deque[tuple[Job, Token | End]] = deque()
         self._flushing = False
@@ -138,6 +141,30 @@ class Engine:
             self._idle.clear()
         self._wake.set()
         return job
+
+    @contextlib.contextmanager
+    def place(self, client: str) -> Iterator[None]:
+        """A place in the queue, kept while a request is read that will be submitted. Busy, Closing."""
+        with self._lock:
+            self.check_room(client)
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming -= 1
+
+    def check_room(self, client: str) -> None:
+        """Busy or Closing, where ``place`` would raise it now."""
+        if self._closing or not self._thread.is_alive():
+            raise Closing
+        if self.busy(client):
+            raise Busy
+
+    def busy(self, client: str) -> bool:
+        """Whether the queue is full for this client."""
+        with self._lock:
+            return self._queued() + self._coming >= self._room(client)
 
     def leave(self, job: Job) -> None:
         """The client of a job has gone."""
@@ -185,7 +212,7 @@ class Engine:
             while not self._stop.is_set():
                 self._turn()
         finally:
-            self._end_everything("the server is shutting down")
+            self._end_everything(SHUTTING_DOWN)
 
     def _turn(self) -> None:
         """Let go, let in, one step of every batch, hand over; or wait for something to do."""

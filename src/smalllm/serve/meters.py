@@ -77,6 +77,7 @@ class Meters:
         self.requests: Counter[tuple[str, int]] = Counter()  # (route, status)
         self.tokens = 0
         self.failures = 0  # steps that raised
+        self.refused = 0  # connections, at the door
         self.rate = Rate()
         self.first_token, self.request = Histogram(), Histogram()
 
@@ -87,7 +88,11 @@ class Meters:
             f'smalllm_requests_total{{route="{route}",status="{status}"}} {count}'
             for (route, status), count in sorted(self.requests.items())
         ]
-        for name, total in (("tokens", self.tokens), ("step_failures", self.failures)):
+        for name, total in (
+            ("tokens", self.tokens),
+            ("step_failures", self.failures),
+            ("refused_connections", self.refused),
+        ):
             lines += [f"# TYPE smalllm_{name}_total counter", f"smalllm_{name}_total {total}"]
         for name, value in (gauges | {"tokens_per_second": round(self.rate.value(), 1)}).items():
             lines += [f"# TYPE smalllm_{name} gauge", f"smalllm_{name} {value:g}"]

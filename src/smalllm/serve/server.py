@@ -11,12 +11,12 @@ import resource
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -31,15 +31,32 @@ from smalllm.config import UserError
 from smalllm.conversation import answer_prompt, stop_ids, story_so_far
 from smalllm.generation import SamplingParams, Token
 from smalllm.serve import protocol
-from smalllm.serve.engine import DEADLINE_SECONDS, QUEUE, Busy, Closing, End, Engine, Job, reserve
-from smalllm.serve.guard import CLIENT_LEFT, Deadlines, Guard, Hosts, Rules, guarded_protocol, is_loopback, send_refusal
+from smalllm.serve.engine import DEADLINE_SECONDS, QUEUE, SHUTTING_DOWN, Busy, Closing, End, Engine, Job, reserve
+from smalllm.serve.guard import (
+    CLIENT_LEFT,
+    Deadlines,
+    Door,
+    Guard,
+    Hosts,
+    Rules,
+    guarded_protocol,
+    is_loopback,
+    queue_full,
+    send_refusal,
+)
 from smalllm.serve.meters import Meters
 from smalllm.serve.models import AllInUse, Models, NoSuchModel, Served
 from smalllm.serve.protocol import Answer, ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, Refusal
 from smalllm.serve.report import RunReport
 
 DRAIN_SECONDS = 8.0
-SWITCH_SECONDS = 0.001  # of Python's threads: the engine must not wait 5 ms for a busy event loop
+SWITCH_SECONDS = 0.0002  # of Python's threads: neither the engine nor the event loop may wait 5 ms for the other
+BACKLOG = 4096  # connections that wait to be let in; beyond that the system has them try again a second later
+SMALL_BYTES = 4096  # of text and JSON take the event loop a fraction of a millisecond
+ANSWER_BYTES = 64  # of JSON for a token, more or less
+UNREAD_BYTES = (
+    1 << 17
+)  # that the system keeps for a client who does not read; by itself it would take megabytes for each
 FILES_SPARE = 128  # file descriptors that are not connections
 CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
@@ -48,6 +65,8 @@ CONTENT_TYPES = {
 }  # fmt: skip
 log = logging.getLogger("smalllm.serve")
 R = TypeVar("R", CompletionRequest, ChatRequest)
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -163,19 +182,26 @@ class Routes:
     # completions and chat
 
     async def _complete(self, request: Request, kind: type[R], understand: Callable[[R, Served], Work]) -> Response:
+        client = request.client.host if request.client else ""
+        with _refusing():
+            self._engine.check_room(client)  # before anything is read
         try:
             body = await request.body()
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
-        asked = await asyncio.to_thread(protocol.parse, kind, body)
-        served = self._models.loaded(asked.model) or await self._load(str(asked.model))
-        work = await asyncio.to_thread(understand, asked, served)
-        job = self._submit(work, request.client.host if request.client else "")
+        with _refusing(), self._engine.place(client):
+            work = await self._work(body, kind, understand)
+            job = self._submit(work, client)
         if work.stream:
             return EventStream(job, work.answer)
         async with cancelled_when_gone(request.receive, job):
             items = await job.more()
-        return await asyncio.to_thread(whole_answer, items, work.answer)
+        return await _apart(ANSWER_BYTES * len(items), whole_answer, items, work.answer)
+
+    async def _work(self, body: bytes, kind: type[R], understand: Callable[[R, Served], Work]) -> Work:
+        asked = await _apart(len(body), protocol.parse, kind, body)
+        served = self._models.loaded(asked.model) or await self._load(str(asked.model))
+        return await _apart(len(body), understand, asked, served)
 
     async def _load(self, name: str) -> Served:
         """A checkpoint that is not in memory, in a thread of its own: nobody else waits for it."""
@@ -189,17 +215,10 @@ class Routes:
             raise Refusal(404, "this checkpoint is damaged or gone", param="model", code="model_not_found") from None
 
     def _submit(self, work: Work, client: str) -> Job:
-        try:
-            return self._engine.submit(
-                client, work.served, work.ids, work.params,
-                choices=work.answer.request.choices, stop_ids=work.stop_ids, stream=work.stream,
-            )  # fmt: skip
-        except Busy:
-            raise Refusal(
-                503, "too many requests are waiting; try again soon", code="overloaded", retry_after=1
-            ) from None
-        except Closing:
-            raise Refusal(503, "the server is shutting down", code="closing", retry_after=10) from None
+        return self._engine.submit(
+            client, work.served, work.ids, work.params,
+            choices=work.answer.request.choices, stop_ids=work.stop_ids, stream=work.stream,
+        )  # fmt: skip
 
     @staticmethod
     def _understand_completion(request: CompletionRequest, served: Served) -> Work:
@@ -223,6 +242,28 @@ class Routes:
         params = request.params(len(ids), served.context, served.tokenizer)
         answer = ChatAnswer(request, served.name, len(ids), served.tokenizer)
         return Work(served, ids, params, answer, bool(request.stream), stop_ids(served.tokenizer))
+
+
+async def _apart(size: int, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Call it in a thread, unless it has so few bytes to do with that going there and back would take longer."""
+    if size <= SMALL_BYTES:
+        return function(*arguments, **named)
+    return await asyncio.to_thread(function, *arguments, **named)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """The engine's refusals as answers."""
+    try:
+        yield
+    except Busy:
+        raise queue_full() from None
+    except Closing:
+        raise _closing() from None
+
+
+def _closing() -> Refusal:
+    return Refusal(503, SHUTTING_DOWN, code="closing", retry_after=10)
 
 
 def _check_length(text: str, served: Served, param: str) -> None:
@@ -275,6 +316,8 @@ def events(items: Sequence[Token | End], answer: Answer) -> bytes:
 
 
 def _check_end(end: End) -> None:
+    if end.error == SHUTTING_DOWN:
+        raise _closing()
     if end.reason == "error":
         raise Refusal(500, f"{end.error or 'the text could not be made'} ({protocol.new_id('req')})", code="engine")
 
@@ -377,10 +420,11 @@ class Service:
             raise
         self.port = self.socket.getsockname()[1]
         self.engine = Engine(self.meters, settings.slots, settings.queue, settings.request_seconds)
+        self.socket.limit, self.socket.meters, self.socket.busy = self._guests(), self.meters, self.engine.busy
         self.routes = Routes(self.engine, self.models, self.meters, page_files())
         config = uvicorn.Config(
-            self._app(), http=guarded_protocol(self._deadlines()), ws="none", lifespan="off", log_config=None,
-            access_log=False, server_header=False, timeout_keep_alive=settings.deadlines.idle,  # type: ignore[arg-type]
+            self._app(), http=guarded_protocol(settings.deadlines, self.engine.busy), ws="none", lifespan="off", log_config=None,
+            access_log=False, server_header=False, backlog=BACKLOG, timeout_keep_alive=settings.deadlines.idle,  # type: ignore[arg-type]
              timeout_graceful_shutdown=2,
         )  # fmt: skip
         self.server = Server(config, self.engine, drain_seconds)
@@ -411,21 +455,25 @@ class Service:
     def _app(self) -> Guard:
         table = self.routes.table()
         app = Starlette(routes=table, exception_handlers={HTTPException: _refuse_http, Refusal: _refuse})
+        app.router.redirect_slashes = (
+            False  # a redirect would be to whatever the Host header says, and no error in our words
+        )
         rules = Rules(Hosts(self.settings.host, self.port, self.settings.allow_hosts), self.settings.api_key)
         return Guard(app, rules, self.meters, [route.path for route in table])
 
-    def _deadlines(self) -> Deadlines:
+    def _guests(self) -> int:
         """No more connections than there are file descriptors for."""
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        given = self.settings.deadlines
-        return replace(given, connections=max(8, min(given.connections, files - FILES_SPARE)))
+        return max(8, min(self.settings.deadlines.connections, files - FILES_SPARE))
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> Door:
     """A listening socket; UserError when the address cannot be had."""
     try:
         family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
+        plain = socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
+        return Door(plain.family, plain.type, plain.proto, plain.detach())
     except OSError as error:
         if isinstance(error, socket.gaierror):
             raise UserError(f"host = {host} is no address of this machine; use 127.0.0.1") from None
