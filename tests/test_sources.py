@@ -359,6 +359,7 @@ def entry(
             entry(kind=tarfile.XHDTYPE, data=b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n") + entry(),
             "it has sparse files",
         ),
+        (entry(kind=tarfile.XHDTYPE, data=b"22 GNU.sparse.map=0,1\n") + entry(), "it has sparse files"),
         (entry(kind=tarfile.XHDTYPE, data=b"10 path=x\n") * 3000 + entry(), "recursion"),
         (entry(size=1 << 50), "is damaged"),
         (entry("x.json\n\x1b[2J" * 9) + entry("\x1b[2J.json", data=b"{"), r"\x1b[2J.json is not whole JSON"),
@@ -368,6 +369,11 @@ def test_archives_that_ask_for_too_much_are_damaged(tmp_path, data, words):
     with gzip.open(tmp_path / "a.tar.gz", "wb") as file:
         file.write(data + bytes(1024))
     assert words in sentence(str(tmp_path / "a.tar.gz"))
+
+
+def test_a_long_name_in_an_archive_is_still_of_its_format(tmp_path):
+    source = archive(tmp_path / "a.tar.gz", {"x" * 300 + ".json": '["a text"]'})
+    assert list(documents(source)) == ["a text"]
 
 
 def test_archives_of_very_many_entries_are_refused(tmp_path, monkeypatch):

@@ -49,6 +49,7 @@ READABLE = (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES[:-1]), ".tar.gz",
 PASSAGE_CHARACTERS = 2_000
 UNSEPARATED_CHARACTERS = 8_000_000
 LONGEST_DOCUMENT = 1 << 28  # characters; a compressed bomb must end as an error
+LONGEST_VALUE = 1 << 26  # characters of a value of a .json file, of which several copies are in memory
 HEAD_BYTES = 8192
 MOST_MEMBERS = 1_000_000  # of an archive
 LONGEST_HEADER = 1 << 16  # bytes of an archive that say what an entry is called
@@ -105,9 +106,9 @@ class _Text:
         return text
 
 
-def _too_long(name: str) -> str:
+def _too_long(name: str, most: int = LONGEST_DOCUMENT) -> str:
     return (
-        f"{name} holds a line or document of more than {LONGEST_DOCUMENT} characters; "
+        f"{name} holds a line or document of more than {most} characters; "
         "separate its documents with lines <|endoftext|>"
     )
 
@@ -322,7 +323,7 @@ def _read_archive(path: Path, members: int | None) -> Iterator[str]:
             number += 1
             stream = archive.extractfile(member)
             assert stream is not None
-            yield from _read_stream(cast(BinaryIO, stream), f"{path}:{printable(member.name, 200)}")
+            yield from _read_stream(cast(BinaryIO, stream), f"{path}:{printable(member.name[-200:], 200)}")
 
 
 class _Entry(tarfile.TarInfo):
@@ -334,12 +335,13 @@ class _Entry(tarfile.TarInfo):
         if entry.size < 0 or (entry.type in _HEADERS and entry.size > LONGEST_HEADER):
             raise tarfile.ReadError(f"an entry of {entry.size} bytes where its name should be")
         if entry.type == tarfile.GNUTYPE_SPARSE:
-            cls._proc_gnusparse_10(entry)
+            entry._refuse_holes()
         return entry
 
-    def _proc_gnusparse_10(self, *_: object) -> None:
-        """The newer kind of sparse file, whose list of holes is as long as it likes."""
+    def _refuse_holes(self, *_: object) -> None:
         raise tarfile.ReadError("it has sparse files")
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_holes  # the three ways of newer archives
 
 
 _HEADERS = (
@@ -476,8 +478,8 @@ def _json_values(stream: BinaryIO, name: str) -> Iterator[Any]:
         except (ValueError, RecursionError):
             if ended and not array and start == len(buffer):
                 return
-            if len(buffer) - start > LONGEST_DOCUMENT:
-                raise UserError(_too_long(name)) from None
+            if len(buffer) - start > min(LONGEST_VALUE, LONGEST_DOCUMENT):
+                raise UserError(_too_long(name, LONGEST_VALUE)) from None
             if ended:
                 raise UserError(f"{name} is not whole JSON; give an array, or one object or string per line") from None
         more = _at_least(chunks, len(buffer) - start, name)
@@ -589,7 +591,9 @@ def _hub_files(repo: str) -> dict[str, _HubFile]:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        seconds = constants.HF_HUB_ETAG_TIMEOUT  # without one, a hub that takes the question and is silent is waited for in vain
+        seconds = (
+            constants.HF_HUB_ETAG_TIMEOUT
+        )  # without one, a hub that takes the question and is silent is waited for in vain
         listing = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True, timeout=seconds).siblings or []
     except Exception as error:  # the client raises errors of four libraries
         return _cached_files(repo, error)
