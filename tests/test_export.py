@@ -177,6 +177,13 @@ def test_only_earlier_exports_are_replaced(tmp_path):
             check_free(out)
 
 
+@pytest.mark.parametrize("name", ["x" * 250, "a\0b", "a\ud800", "a" + "/b" * 3000])
+def test_names_that_no_file_can_have_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match="no file can have this name"), replacing(tmp_path / name):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_files_in_a_folder_have_two_certificates(tmp_path):
     (tmp_path / "certificate.json").write_text(json.dumps({"path": "a.gguf"}))
     assert certificate_file(tmp_path / "a.gguf").name == "certificate.json"

@@ -6,6 +6,7 @@ certificate says. It knows nothing of formats.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from smalllm.config import UserError
 from smalllm.files import FileSystem
+from smalllm.untrusted import printable
 
 CERTIFICATE = "certificate.json"
 
@@ -32,10 +34,23 @@ def check_free(out: Path) -> None:
     """UserError when something is at this place that is not an earlier export, or the place cannot be."""
     if not out.name:
         raise UserError(f"--out {out} names no file or folder; give the path of a new one")
+    if not _possible(out):
+        raise UserError(f"--out {printable(str(out))}: no file can have this name; give a shorter or plainer one")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     if (out.exists() or out.is_symlink()) and _certified(certificate_file(out)) != out.name:
         raise UserError(f"{out} exists and is not an earlier export; choose another --out, or move it away")
+
+
+def _possible(out: Path) -> bool:
+    """Whether a file can be called so, and those beside it that exist for a moment."""
+    try:
+        os.lstat(out.with_name(f".trash-{out.name}-{os.getpid()}"))
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except ValueError:  # NUL, or characters that the file system cannot spell
+        return False
+    return True
 
 
 @contextmanager
