@@ -143,8 +143,9 @@ def test_when_all_are_damaged_it_never_starts_from_zero(tmp_path: Path):
         (checkpoint.path / "state.json").unlink()
     with pytest.raises(DamagedCheckpoint, match="all 2 checkpoints .* damaged"):
         folder.choose("latest")
-    with pytest.raises(DamagedCheckpoint, match="start again with --fresh"):
-        folder.newest_valid()
+    for _ in range(2):
+        with pytest.raises(DamagedCheckpoint, match="all 2 .*state.json.* or start again with --fresh"):
+            folder.newest_valid()
 
 
 def test_a_pickle_in_place_of_weights_is_refused_and_never_run(tmp_path: Path):

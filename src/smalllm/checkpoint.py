@@ -272,24 +272,31 @@ class RunFolder:
                 break
         raise DamagedCheckpoint(f"all {len(candidates)} checkpoints of {self.path} are damaged")
 
-    def newest_valid(self, warn: Any = None) -> Checkpoint | None:
-        """The newest checkpoint that verifies, for resuming. Damaged ones are moved aside to ``.bad-*`` and named
-        through ``warn``; when all are damaged that is an error, never a silent start from step 0."""
-        found = self.checkpoints()
-        for checkpoint in reversed(found):
+    def newest_valid(self, warn: Callable[[str], None] | None = None) -> Checkpoint | None:
+        """The newest checkpoint that verifies, for resuming. Damaged ones that are newer are moved aside to ``.bad-*`` and named
+        through ``warn``. When all are damaged that is an error, this time and the next, never a silent start from step 0."""
+        damaged: list[tuple[Checkpoint, DamagedCheckpoint]] = []
+        for checkpoint in reversed(self.checkpoints()):
             try:
                 checkpoint.verify()
-                return checkpoint
             except DamagedCheckpoint as damage:
-                aside = _free_name(checkpoint.path.with_name(f".bad-{checkpoint.path.name}"))
-                self.files.rename(checkpoint.path, aside)
-                if warn is not None:
-                    warn(f"{damage}; moved it to {aside.name} and took the one before")
-        if found:
+                damaged.append((checkpoint, damage))
+                continue
+            for bad, reason in damaged:
+                self._set_aside_damaged(bad, reason, warn)
+            return checkpoint
+        if damaged:
             raise DamagedCheckpoint(
-                f"all {len(found)} checkpoints of {self.path} were damaged and are now .bad-*; start again with --fresh"
+                f"all {len(damaged)} checkpoints of {self.path} are damaged, the newest because {damaged[0][1]};"
+                " put back a copy of one, or start again with --fresh"
             )
         return None
+
+    def _set_aside_damaged(self, bad: Checkpoint, damage: Exception, warn: Callable[[str], None] | None) -> None:
+        aside = _free_name(bad.path.with_name(f".bad-{bad.path.name}"))
+        self.files.rename(bad.path, aside)
+        if warn is not None:
+            warn(f"{damage}; moved it to {aside.name} and took the one before")
 
     # ── writing ──
 
@@ -412,6 +419,16 @@ class RunFolder:
                 self.files.sync_folder(folder)  # no name of a checkpoint may come back without its files
             for leftover in leftovers:
                 self.files.remove_tree(leftover)
+
+    def drop_after(self, step: int) -> None:
+        """Take back the checkpoints of later steps; the next ``prune`` deletes them."""
+        for checkpoint in self.checkpoints():
+            if checkpoint.step > step:
+                self.files.rename(
+                    checkpoint.path, _free_name(checkpoint.path.with_name(f".trash-{checkpoint.path.name}"))
+                )
+        if self.checkpoints_folder.exists():
+            self.files.sync_folder(self.checkpoints_folder)
 
     def set_aside(self) -> Path | None:
         """Move an existing run to NAME.1, NAME.2 ... so that a fresh one loses nothing."""

@@ -49,8 +49,13 @@ class MetricsLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record. On an error (a full disk) it is kept and written with the next one: no step is missing later."""
         self.unwritten += (json.dumps(json_safe(record), allow_nan=False) + "\n").encode()
-        self.files.append(self.path, self.unwritten)
-        self.unwritten = b""
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what an error kept back."""
+        if self.unwritten:
+            self.files.append(self.path, self.unwritten)
+            self.unwritten = b""
 
     def sync(self) -> None:
         """What was appended survives a power cut when this returns."""

@@ -192,7 +192,8 @@ def step_bytes(model: GPT, runtime: Runtime, tokens: int, recompute: bool) -> in
     blocks = config.layers * between + 2 * kept if recompute else (config.layers + 1) * kept
     head = model.head.weight.numel() * (4 + low) + 2 * CHUNK_BYTES["native" if fused else runtime.device.type]
     held = hardware.memory_now(runtime.device)
-    return held + model.parameters_count() * (12 + low) + tokens * (blocks + 4 * config.width) + head
+    copies = 12 * model.parameters_count()  # of weights and optimizer, while a checkpoint is written beside training
+    return held + copies + model.parameters_count() * (12 + low) + tokens * (blocks + 4 * config.width) + head
 
 
 def eager(compiled: bool) -> ContextManager[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def main() -> int:
     outcomes = []
     for trial in chosen:
         count = options.cases or (trial.short if options.short else trial.full)
-        cases = [int(names[trial.name])] if names.get(trial.name) else range(count)
+        cases = [int(names[trial.name])] if names.get(trial.name) else trials.some(trial, count)
         outcome = trials.run(trial, cases, scratch / trial.name.replace("/", "-"), options.workers)
         outcomes.append(outcome)
         print(line(outcome), file=sys.stderr, flush=True)
@@ -55,15 +56,11 @@ def main() -> int:
         print(json.dumps([record(outcome) for outcome in outcomes]))
     else:
         print(table(outcomes))
-    if not any(outcome.failures for outcome in outcomes):
-        _remove(scratch)
-    return 1 if any(outcome.failures for outcome in outcomes) else 0
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
+    if any(outcome.failures for outcome in outcomes):
+        print(f"what failed is in {scratch}", file=sys.stderr)
+        return 1
+    shutil.rmtree(scratch, ignore_errors=True)
+    return 0
 
 
 def line(outcome: Outcome) -> str:

@@ -1,7 +1,458 @@
-"""Trials of runs, checkpoints and numbers."""
+"""Trials of runs, checkpoints and numbers: those of `smalllm doctor --reliability`, and what takes signals, clocks, memory and
+poison."""
 
 from __future__ import annotations
 
-from smalllm.reliability import promises
+import errno
+import json
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-TRIALS = [*promises.TRIALS]
+import torch
+
+from smalllm import cli
+from smalllm.checkpoint import RunFolder
+from smalllm.config import UserError
+from smalllm.files import FileSystem
+from smalllm.metrics import read_records
+from smalllm.reliability import promises
+from smalllm.reliability.promises import Notes, check_same, in_child, make_data, replaced, settings, straight, train
+from smalllm.reliability.trials import Trial
+from smalllm.training import trainer as trainer_module
+from smalllm.training.guards import WINDOW
+from smalllm.training.saver import Saver
+from smalllm.training.trainer import Trainer, TrainingFailure
+
+NAMES = list(promises.CONFIGURATIONS)
+
+
+def make_straight(given: Path) -> None:
+    """Data, and the run to which nothing happens."""
+    make_data(given)
+    train(settings(given / "data"), straight(given, "plain"))
+
+
+# ── T6: all checkpoints damaged ──
+
+
+def all_damaged(number: int, folder: Path, given: Path) -> None:
+    """It says so and never begins at step 0."""
+    chance, run = random.Random(number), folder / "run"
+    train(settings(given / "data", steps=10, checkpoint_every=2, keep=9), run)
+    for checkpoint in RunFolder(run).checkpoints():
+        promises.damage(checkpoint.path, random.Random(chance.randrange(2**32)))
+    lines = (run / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        try:
+            train(settings(given / "data", steps=20), run)
+        except UserError as error:
+            assert "damaged" in str(error) and "--fresh" in str(error), error
+        else:
+            raise AssertionError("a run whose checkpoints were all damaged went on")
+        assert (run / "metrics.jsonl").read_bytes() == lines
+
+
+# ── T8: the same twice ──
+
+
+def twice(number: int, folder: Path, given: Path) -> None:
+    """Two runs at once, one with a thread that sleeps whenever it makes a batch."""
+    name = NAMES[number % len(NAMES)]
+    chance, make = random.Random(number), trainer_module.Prefetch._make
+
+    def slow(self: Any, *which: int) -> Any:
+        time.sleep(chance.uniform(0.0, 0.01))
+        return make(self, *which)
+
+    other = in_child(lambda: train(settings(given / "data", name), folder / "other"))
+    with replaced(trainer_module.Prefetch, "_make", slow):
+        train(settings(given / "data", name), folder / "slow")
+    assert os.waitpid(other, 0)[1] == 0
+    check_same(folder / "slow", folder / "other")
+
+
+# ── T9, T10: signals and terminals ──
+
+KINDS = ("SIGTERM", "SIGINT", "SIGHUP", "twice", "stopped", "no reader", "no terminal")
+CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
+
+
+def signalled(number: int, folder: Path, given: Path) -> None:
+    """`smalllm train` gets a signal at a random moment, or loses its terminal; then it goes on to the same bits."""
+    kind, chance, run = KINDS[number % len(KINDS)], random.Random(number), folder / "run"
+    recipe = folder / "tiny.toml"
+    recipe.write_text(settings(given / "data").to_toml())
+    command = ["train", str(recipe), "--out", str(run)]
+    moment = chance.uniform(0.05, 0.5)
+    code, seconds, said = SENT[kind](command, folder, moment)
+    assert "Traceback" not in said, said
+    hurried = kind == "twice" and code != 0  # with 0 it was drawing its curve already
+    assert seconds < (1.0 if hurried else 3.0), f"{kind}: it took {seconds:.2f} s to end"
+    if kind in CODES and code == CODES[kind] and _child_output(folder):  # else it came before training began
+        step = int(json.loads(_child_output(folder))["step"])
+        newest = RunFolder(run).newest_step() or 0
+        assert newest == step, f"it ended at step {step} but the newest checkpoint is of step {newest}"
+    elif kind == "twice":
+        assert code in (0, 1, 130, -signal.SIGINT), code
+    else:  # it was over before the signal, or never meant to end
+        assert code in (0, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGINT, 130), (code, said)
+    train(settings(given / "data"), run)
+    check_same(run, straight(given, "plain"))
+
+
+def _child_output(folder: Path) -> str:
+    return (folder / "stdout").read_text()
+
+
+def _start(command: list[str], folder: Path) -> int:
+    """`smalllm` in a process of its own, as it is started from a shell: default signals, outputs in files."""
+
+    def work() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(file, descriptor)
+        os._exit(_run(command))
+
+    return in_child(work)
+
+
+def _run(command: list[str]) -> int:
+    import sys
+
+    try:
+        code = cli.run(command)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _wait(pid: int, began: float, folder: Path) -> tuple[int, float, str]:
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - began, (folder / "stderr").read_text()
+
+
+def _one(number: signal.Signals) -> Callable[[list[str], Path, float], tuple[int, float, str]]:
+    def send(command: list[str], folder: Path, moment: float) -> tuple[int, float, str]:
+        pid = _start([*command, "--json"], folder)
+        time.sleep(moment)
+        began = time.monotonic()
+        os.kill(pid, number)
+        return _wait(pid, began, folder)
+
+    return send
+
+
+def _twice(command: list[str], folder: Path, moment: float) -> tuple[int, float, str]:
+    pid = _start(command, folder)
+    time.sleep(moment)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.01)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    return _wait(pid, began, folder)
+
+
+def _stopped(command: list[str], folder: Path, moment: float) -> tuple[int, float, str]:
+    pid = _start(command, folder)
+    time.sleep(moment)
+    os.kill(pid, signal.SIGTSTP)
+    time.sleep(0.2)
+    os.kill(pid, signal.SIGCONT)
+    code, _, said = _wait(pid, time.monotonic(), folder)
+    assert code == 0, (code, said)
+    return code, 0.0, said
+
+
+def _without(end: str) -> Callable[[list[str], Path, float], tuple[int, float, str]]:
+    """Nobody reads what is printed, or standard input and output are closed: training ends as ever."""
+
+    def send(command: list[str], folder: Path, moment: float) -> tuple[int, float, str]:
+        def work() -> None:
+            import sys
+
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+            file = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT, 0o600)
+            os.dup2(file, 2)
+            if end == "no reader":
+                read, write = os.pipe()
+                os.close(read)
+                os.dup2(write, 1)
+            else:
+                sys.stdin = sys.stdout = None  # type: ignore[assignment]  # as Python does for `<&- >&-`
+                os.close(0)
+                os.close(1)
+            os._exit(cli.run(command))
+
+        code, _, said = _wait(in_child(work), time.monotonic(), folder)
+        assert code == 0, (code, said)
+        return code, 0.0, said
+
+    return send
+
+
+SENT = {
+    "SIGTERM": _one(signal.SIGTERM), "SIGINT": _one(signal.SIGINT), "SIGHUP": _one(signal.SIGHUP), "twice": _twice,
+    "stopped": _stopped, "no reader": _without("no reader"), "no terminal": _without("no terminal"),
+}  # fmt: skip
+
+
+# ── T13: clocks ──
+
+
+def strange_clocks(number: int, folder: Path, given: Path) -> None:
+    """Wall clocks jump and files are dated anyhow; order is by step, time by a clock that only goes on."""
+    chance, run = random.Random(number), folder / "run"
+    jump = (0.0, 3.15e8, -86_400.0, -3.0e9)[number % 4]
+    shown: list[dict[str, Any]] = []
+
+    class Watching(Notes):
+        def progress(self, record: dict[str, Any]) -> None:
+            shown.append(record)
+
+    with replaced(time, "time", lambda: 1e9 + jump):
+        train(settings(given / "data", steps=12, checkpoint_every=2, keep=9), run)
+        for checkpoint in RunFolder(run).checkpoints():
+            stamp = chance.uniform(0, 4e9)
+            os.utime(checkpoint.path, (stamp, stamp))
+            os.utime(checkpoint.path / "manifest.json", (stamp, stamp))
+        assert RunFolder(run).choose("latest").step == 12
+        train(settings(given / "data"), run, display=Watching())
+    assert shown and all(not record["eta_seconds"] < 0 and record["tokens_per_second"] >= 0 for record in shown)
+    assert all(math.isfinite(record["tokens_per_second"]) for record in shown)
+    times = [record["seconds"] for record in read_records(run / "metrics.jsonl")]
+    assert times == sorted(times)
+
+
+# ── T14, T16: memory and the thread that saves ──
+
+
+def saving_fails(number: int, folder: Path, given: Path) -> None:
+    """Something goes wrong on the thread that saves: it is said at the next step, and costs that checkpoint."""
+    chance, notes, run = random.Random(number), Notes(), folder / "run"
+    error = chance.choice([MemoryError(), RuntimeError("bad_alloc"), OSError(errno.EIO, "broken"), ValueError("x")])
+    left, save = [chance.randrange(1, 8)], Saver._save
+
+    def failing(self: Saver, state: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        save(self, state)
+
+    with replaced(Saver, "_save", failing):
+        train(settings(given / "data"), run, display=notes)
+    assert any("could not be written" in note and "training goes on" in note for note in notes.said), notes.said
+    check_same(run, straight(given, "plain"))
+
+
+def out_of_memory(number: int, folder: Path, given: Path) -> None:
+    """Memory runs out in a forward pass, or in an evaluation: smaller pieces, and the same losses."""
+    chance, run, notes = random.Random(number), folder / "run", Notes()
+    name = ("_accumulate", "evaluate")[number % 2]
+    original, error = (
+        getattr(Trainer, name),
+        (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"))[number // 2 % 2],
+    )
+    left = [chance.randrange(1, 4 if name == "evaluate" else 30)]
+
+    def tight(self: Trainer, *given: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return original(self, *given)
+
+    with replaced(Trainer, name, tight):
+        train(settings(given / "data"), run, display=notes)
+    assert any("out of memory" in note for note in notes.said), notes.said
+    mine, theirs = (
+        [record["train_loss"] for record in read_records(path / "metrics.jsonl")]
+        for path in (run, straight(given, "plain"))
+    )
+    assert len(mine) == len(theirs) and all(abs(a / b - 1) < 1e-4 for a, b in zip(mine, theirs, strict=True))
+
+
+# ── N1: poison ──
+
+POISONS = (math.nan, math.inf, -math.inf)
+INJECTIONS = 25
+
+
+def poisoned(number: int, folder: Path, given: Path) -> int:
+    """NaN and infinity in a loss, in one element of a gradient, in one activation: no weight and no moment changes."""
+    chance = random.Random(number)
+    trainer = Trainer(
+        settings(given / "data", NAMES[number % len(NAMES)], steps=1000), RunFolder(folder / "run"), display=Notes()
+    )
+    trainer.begin()
+    for _ in range(INJECTIONS):
+        for _ in range(chance.randrange(1, 3)):
+            trainer.step()
+        before = _tensors(trainer)
+        count = trainer.state.skipped
+        _inject(trainer, chance)
+        after = _tensors(trainer)
+        assert trainer.state.skipped == count + 1, "the step was not skipped"
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    trainer.saver.close()
+    trainer.prefetch.close()
+    return INJECTIONS
+
+
+def _tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = trainer.model.state_dict() | trainer.optimizer.state_tensors()
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def _inject(trainer: Trainer, chance: random.Random) -> None:
+    """One step with poison somewhere."""
+    poison, where = chance.choice(POISONS), chance.choice(("loss", "gradient", "activation"))
+    if trainer.scaler is not None:  # else a smaller scale would be tried for a loss that no scale can help
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6)
+    if where == "activation":
+        block = chance.choice(list(trainer.model.blocks))
+
+        def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            spoilt = output.clone()
+            spoilt.view(-1)[chance.randrange(spoilt.numel())] = poison
+            return spoilt
+
+        handle = block.register_forward_hook(spoil)
+        trainer.step()
+        handle.remove()
+        return
+    original = trainer.accumulate
+
+    def spoilt(tokens: int) -> float:
+        loss = original(tokens)
+        if where == "loss":
+            return poison
+        parameter = chance.choice([p for p in trainer.model.parameters() if p.grad is not None])
+        assert parameter.grad is not None
+        parameter.grad.view(-1)[chance.randrange(parameter.numel())] = poison
+        return loss
+
+    with replaced(trainer, "accumulate", spoilt):
+        trainer.step()
+
+
+# ── N2: spikes ──
+
+
+def spikes(number: int, folder: Path, given: Path) -> None:
+    """A batch that stands out makes no update; ten in a row lead back to the last checkpoint and past the data. What follows
+    a kill in between has the same bits."""
+    chance, first = random.Random(number), WINDOW // 2 + 10
+    at = chance.randrange(first, first + 20)
+    length = chance.choice((1, 3, 9, 10, 13))
+    config = settings(given / "data", steps=first + 40, spike_sigmas=6.0, sample_tokens=0, evaluate_every=1000)
+    original = Trainer._accumulate
+
+    def spiky(self: Trainer, tokens: int) -> float:
+        loss = original(self, tokens)
+        return loss * 50.0 if at <= self.data_step < at + length else loss
+
+    notes = Notes()
+    with replaced(Trainer, "_accumulate", spiky):
+        done = train(config, folder / "whole", display=notes)
+        killed = in_child(lambda: train(config, folder / "killed"))
+        time.sleep(chance.uniform(0.1, 0.8))
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        train(config, folder / "killed")
+    skipped = [note for note in notes.said if "stands out" in note]
+    assert len(skipped) == length, (length, notes.said)
+    assert done.state.rollbacks == (length >= 10) and done.state.step == first + 40
+    assert (done.state.passed_over > 0) == (length >= 10)
+    check_same(folder / "killed", folder / "whole")
+
+
+# ── N3: fp16 ──
+
+
+def overflows(number: int, folder: Path, given: Path) -> None:
+    """The scale is too large at a random step: the step is repeated with a smaller one, and nothing is lost."""
+    chance = random.Random(number)
+    trainer = Trainer(settings(given / "data", "fp16 with loss scaling"), RunFolder(folder / "run"), display=Notes())
+    trainer.begin()
+    for _ in range(chance.randrange(1, 10)):
+        trainer.step()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** chance.randrange(40, 100))
+    before, step = _tensors(trainer), trainer.state.step
+    trainer.step()
+    assert trainer.scaler is not None and trainer.scaler.get_scale() < 2.0**40
+    assert trainer.state.step == step + 1 and trainer.state.skipped == 0
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in _tensors(trainer).items())
+    trainer.saver.close()
+    trainer.prefetch.close()
+
+
+# ── T18: trackers ──
+
+
+def trackers(number: int, folder: Path, given: Path) -> None:
+    """A tracker that fails at a random step is dropped with one line."""
+    left, notes = [random.Random(number).randrange(1, 30)], Notes()
+
+    def broken(record: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    original = trainer_module.Sinks.__init__
+
+    def with_a_tracker(self: Any, *given: Any) -> None:
+        original(self, *given)
+        self.writers.append(("broken", broken))
+
+    with replaced(trainer_module.Sinks, "__init__", with_a_tracker):
+        train(settings(given / "data"), folder / "run", display=notes)
+    assert len([note for note in notes.said if "failed and is off" in note]) == 1
+    check_same(folder / "run", straight(given, "plain"))
+
+
+class Full(FileSystem):
+    """A disk with no room."""
+
+    def free_bytes(self, path: Path) -> int:
+        return 1000
+
+
+def no_room(number: int, folder: Path, given: Path) -> None:
+    """A disk without room for a checkpoint is noticed before the first step."""
+    try:
+        train(settings(given / "data"), folder / "run", Full())
+    except UserError as error:
+        assert "free" in str(error) and "--out" in str(error) and not isinstance(error, TrainingFailure)
+    else:
+        raise AssertionError("the run began")
+    assert not RunFolder(folder / "run").checkpoints() and not read_lines(folder / "run" / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[Any]:
+    return list(read_records(path))
+
+
+TRIALS = [
+    *promises.TRIALS,
+    Trial("T6", "when all checkpoints are damaged it says so, and never begins at step 0", all_damaged, 2, 20, make_data),
+    Trial("T8", "twice the same run, at once and with slow data, has the same bits", twice, 2, 24, make_data),
+    Trial("T9", "a signal, a closed terminal: saved, told by the exit code, and no bit lost", signalled, 14, 300, make_straight),
+    Trial("T13", "clocks that jump and files of any date change nothing", strange_clocks, 4, 12, make_data),
+    Trial("T14", "memory that runs out costs an evaluation or a division, not the run", out_of_memory, 4, 40, make_straight),
+    Trial("T16", "an error on the thread that saves is told and costs that checkpoint", saving_fails, 4, 60, make_straight),
+    Trial("T18", "a tracker that fails is dropped", trackers, 2, 20, make_straight),
+    Trial("T4b", "a disk without room is refused before the first step", no_room, 1, 5, make_data),
+    Trial("N1", "what is not finite never reaches weights or moments", poisoned, 8, 24, make_data),
+    Trial("N2", "spikes are left out, ten in a row lead back; exact under kills", spikes, 3, 50, make_data),
+    Trial("N3", "an overflow in fp16 repeats the step with a smaller scale", overflows, 4, 50, make_data, together=4),
+]  # fmt: skip

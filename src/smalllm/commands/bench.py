@@ -292,8 +292,9 @@ class TrainingBench:
         trainer.prefetch = Prefetch(trainer.batches, pin=trainer.runtime.device.type == "cuda")
 
     def close(self) -> None:
-        """End the thread that makes batches."""
+        """End the threads that make batches and save."""
         self.trainer.prefetch.close()
+        self.trainer.saver.close()
 
     def step(self) -> tuple[float, int]:
         """One optimizer step: its seconds and tokens."""

@@ -33,25 +33,39 @@ class Finding:
     detail: str
 
 
-def doctor(*, json_output: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+def doctor(
+    *,
+    reliability: Annotated[bool, Parameter(name="--reliability", negative="")] = False,
+    json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
     """Check packages, device arithmetic, number formats, disk, recipes, and a tiny training run from text to story.
 
     Parameters
     ----------
+    reliability
+        Instead, put the promises of docs/reliability.md to the test on the disk of the current folder, in a minute or
+        two: kill runs, crash and break the disk under them, cut its power, damage their files; count what was lost.
     json_output
         Print one JSON object to standard output.
     """
+    if reliability:
+        return _report(promises_kept(), json_output, "No promise was broken.")
+    checks = (packages, device, formats, fused_kernels, disk, recipes, tiny_run)
+    found = (finding for examine in checks for finding in _safely(examine))
+    return _report(found, json_output, "Everything works. Next: smalllm train")
+
+
+def _report(found: Iterator[Finding], json_output: bool, well: str) -> int:
     findings = []
-    for examine in (packages, device, formats, fused_kernels, disk, recipes, tiny_run):
-        for finding in _safely(examine):
-            findings.append(finding)
-            if not json_output:
-                print(plain(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<18} {finding.detail}"), flush=True)
+    for finding in found:
+        findings.append(finding)
+        if not json_output:
+            print(plain(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<18} {finding.detail}"), flush=True)
     healthy = all(finding.ok for finding in findings)
     if json_output:
         print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
     else:
-        print("Everything works. Next: smalllm train" if healthy else "Something is wrong; see the lines with FAIL.")
+        print(well if healthy else "Something is wrong; see the lines with FAIL.")
     return 0 if healthy else 1
 
 
@@ -162,3 +176,28 @@ def tiny_run() -> Iterator[Finding]:
             True,
             f"loss {first.valid_loss:.2f} -> {second.valid_loss:.2f}, resumed, told {len(text)} characters",
         )
+
+
+def promises_kept() -> Iterator[Finding]:
+    """The trials of runs and checkpoints, in short, in a folder here: this is the disk that has to keep them."""
+    import torch
+
+    from smalllm.reliability import promises, trials
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # children are forked: one thread each, and nothing computed before
+    try:
+        with tempfile.TemporaryDirectory(prefix=".smalllm-doctor-", dir=Path.cwd()) as folder:
+            for trial in promises.TRIALS:
+                outcome = trials.run(trial, trials.some(trial, trial.short), Path(folder) / trial.name)
+                broken = "".join(
+                    f"; case {failure.case}: {failure.message.strip().splitlines()[-1]}"
+                    for failure in outcome.failures[:1]
+                )
+                yield Finding(
+                    trial.name,
+                    not outcome.failures,
+                    f"{outcome.tries:>5} tries, {len(outcome.failures)} failures: {trial.promise}{broken}",
+                )
+    finally:
+        torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -66,6 +67,15 @@ class _Process:
     cases: Sequence[int]
     report: Path
     until: float
+
+
+def some(trial: Trial, count: int) -> Sequence[int]:
+    """So many cases of a trial: the first ones, which are of every kind, and as many drawn from all, always the same."""
+    if count >= trial.full:
+        return range(trial.full)
+    first = range(count // 2)
+    others = random.Random(trial.name).sample(range(len(first), trial.full), count - len(first))
+    return [*first, *sorted(others)]
 
 
 def run(trial: Trial, cases: Sequence[int], folder: Path, workers: int = 0) -> Outcome:

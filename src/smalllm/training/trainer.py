@@ -336,6 +336,9 @@ class Trainer:
         """Go on from the last checkpoint, with other data than led here."""
         step, rollbacks, seconds, plan = self.state.step, self.state.rollbacks, self.seconds(), self.state.plan
         self.saver.wait()
+        self.folder.drop_after(
+            step + 1 - self.state.spikes_in_a_row
+        )  # what was saved among the spikes leads there again
         checkpoint = self.folder.newest_valid(warn=self.display.note)
         if checkpoint is None or rollbacks >= ROLLBACKS:
             raise TrainingFailure(
@@ -500,6 +503,8 @@ class Trainer:
     def end(self) -> Summary:
         """Save what is not saved, judge the model on the whole validation split, and sum up."""
         self.save_for_good()
+        for log in (self.log_file, self.sample_file):
+            self._written(log, log.flush)
         documents = self._final_documents()
         try:
             evaluation = self.evaluate(documents)
@@ -548,8 +553,8 @@ class Trainer:
 
     def due_checkpoint(self) -> bool:
         """Every ``checkpoint_every`` steps, and before each evaluation, so that the best one can be kept."""
-        every = self.config.train.checkpoint_every
-        return self.state.evaluation_due or bool(every) and self.due(every)
+        every, calm = self.config.train.checkpoint_every, not self.state.spikes_in_a_row
+        return self.state.evaluation_due or bool(every) and calm and self.due(every)
 
     def seconds(self) -> float:
         """Training time of all sessions of the run."""
@@ -606,12 +611,12 @@ class Trainer:
         """Append the object of this step to metrics.jsonl, if it was logged or evaluated."""
         if "train_loss" in self.record or "valid_loss" in self.record:
             record = {"step": self.state.step, **self.record}
-            self._append(self.log_file, record)
+            self._written(self.log_file, lambda: self.log_file.append(record))
             self.sinks.write(record)
 
-    def _append(self, log: MetricsLog, record: Record) -> None:
+    def _written(self, log: MetricsLog, write: Callable[[], None]) -> None:
         try:
-            log.append(record)
+            write()
         except OSError as error:
             self.display.note(f"{log.path} cannot be written now: {_reason(error)}; its lines are kept until it can")
 
@@ -630,7 +635,7 @@ class Trainer:
         """The checkpoint of this step is on the disk when this returns; TrainingFailure when it cannot be."""
         self.saver.wait()
         self.hear_of_failures()
-        if self.folder.newest_step() == self.state.step:
+        if self.state.step in (0, self.folder.newest_step()):  # a signal may come before the first step
             return
         self.save()
         self.saver.wait()
@@ -737,7 +742,8 @@ class Trainer:
         params = SamplingParams(max_tokens=train.sample_tokens, seed=self.config.seed)
         with eager(self.execution == "compiled"), self.runtime.autocast():
             completion = Generator(self.model, self.tokenizer).complete(train.sample_prompt, params)
-        self._append(self.sample_file, {"step": self.state.step, "prompt": completion.prompt, "text": completion.text})
+        record = {"step": self.state.step, "prompt": completion.prompt, "text": completion.text}
+        self._written(self.sample_file, lambda: self.sample_file.append(record))
         self.display.story(self.state.step, completion.prompt, completion.text)
 
     def _validation_documents(self) -> list[np.ndarray]:
