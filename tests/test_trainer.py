@@ -24,7 +24,7 @@ from smalllm.training import trainer as trainer_module
 from smalllm.training.schedule import Plan
 from smalllm.training.trainer import Trainer, TrainingFailure, train
 
-TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
+TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "data_wait"}
 
 
 class Recorder:

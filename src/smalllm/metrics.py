@@ -111,6 +111,7 @@ class Throughput:
         self.window: list[tuple[float, int]] = []
         self.planned = -math.inf
         self.fresh = True
+        self.waited = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """What a resumed session needs in order to plan as this one would have gone on planning."""
@@ -134,6 +135,11 @@ class Throughput:
             self.window.clear()
         self.step_seconds.append((seconds, tokens))
         self.window.append((seconds, tokens))
+
+    def share(self, waited: float) -> float:
+        """Of the time since the window began, what was spent waiting; ``waited`` is seconds since the beginning."""
+        since, self.waited = waited - self.waited, waited
+        return since / max(1e-9, sum(seconds for seconds, _ in self.window)) if self.window else 0.0
 
     def start_window(self) -> None:
         self.window.clear()

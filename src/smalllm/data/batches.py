@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -194,6 +195,8 @@ class Prefetch:
         self.batches, self.pin = batches, pin  # pinned memory is copied to a GPU in the background
         self.warn, self.slow, self.patience = warn, slow, patience
         self.coming: _Coming | None = None
+        self._threads: deque[threading.Thread] = deque(maxlen=1)
+        weakref.finalize(self, _join, self._threads)  # a program's end stops threads in the midst of C++ otherwise
         self.waited = 0.0
         """Seconds that steps have waited for their batches."""
 
@@ -211,7 +214,9 @@ class Prefetch:
             self.coming.thread.join(1.0)
 
     def _begin(self, step: int, micro_batch: int) -> _Coming:
-        return _Coming((step, micro_batch), lambda: self._make(step, micro_batch))
+        coming = _Coming((step, micro_batch), lambda: self._make(step, micro_batch))
+        self._threads.append(coming.thread)
+        return coming
 
     def _finished(self, coming: _Coming) -> list[Batch]:
         """What the thread made; waits as long as there is hope."""
@@ -231,6 +236,11 @@ class Prefetch:
         return [batch.pinned() for batch in made] if self.pin else made
 
 
+def _join(threads: Iterable[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(1.0)
+
+
 class _Coming:
     """The batches of a step, being made by a thread."""
 
@@ -239,9 +249,6 @@ class _Coming:
         self._made: list[Batch] | None = None
         self._error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="batches", daemon=True)
-        weakref.finalize(
-            self, self.thread.join, 1.0
-        )  # at the program's end, which stops threads in the midst of C++ otherwise
         self.thread.start()
 
     def result(self) -> list[Batch]:

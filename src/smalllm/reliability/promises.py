@@ -48,7 +48,7 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Ways to train whose state differs."""
-TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "started", "timer", "evaluation_seconds"}
+TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "started", "timer", "evaluation_seconds", "data_wait"}
 """What no two runs have in common."""
 
 

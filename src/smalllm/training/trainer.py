@@ -181,7 +181,7 @@ class Trainer:
         self.batches = Batches(
             self.dataset.train, model.context, train.batch_tokens, self.config.seed, self.config.data.packing
         )
-        self.prefetch = Prefetch(self.batches, pin=self.runtime.device.type == "cuda")
+        self.prefetch = Prefetch(self.batches, pin=self.runtime.device.type == "cuda", warn=self.display.note)
         seed_everything(self.config.seed)
         self.model = GPT(model).to(self.runtime.device).train()
         self.optimizer = Optimizer(self.model, self.config.optim, self.runtime.device)
@@ -594,6 +594,7 @@ class Trainer:
             "train_loss": state.window_loss / state.window_tokens if state.window_tokens else math.nan,
             "tokens_per_second": round(speed, 1), "mfu": round(self.mfu(speed), 4),
             "memory_bytes": hardware.peak_memory(self.runtime.device), "skipped": state.skipped,
+            "data_wait": round(self.timer.share(self.prefetch.waited), 4),
         }  # fmt: skip
         state.window_loss, state.window_tokens = 0.0, 0
         self.timer.start_window()
