@@ -217,6 +217,74 @@ def test_strange_terminals_are_survived(environment: dict, workplace: Path):
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"\x1b" not in done.stdout
 
 
+@pytest.mark.parametrize("redirection", ["1>&-", "2>&-", "0<&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
+def test_streams_may_be_closed(redirection: str, workplace: Path):
+    line = f'"$0" -m smalllm chat nowhere {redirection}'
+    done = subprocess.run(
+        ["sh", "-c", line, sys.executable], cwd=workplace, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "2>" in redirection or "there is no run at nowhere" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a full disk to try with")
+def test_output_to_a_full_disk_is_an_error(workplace: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -m smalllm --help >/dev/full', sys.executable],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+def test_help_fits_the_narrowest_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The table of options in one column took more than memory and patience have."""
+    monkeypatch.setenv("COLUMNS", "1")
+    assert run(["train", "--help"]) == 0
+    assert "--minutes" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_with_what_installs_it(
+    inside: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(["plot", "tiny"]) == 1
+    assert capsys.readouterr().err == "error: the package matplotlib is not installed; run: uv sync\n"
+
+
+def test_a_bug_is_a_sentence_and_a_traceback_only_when_asked_for(
+    inside: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    from smalllm.commands import plot
+
+    def broken(run: Path) -> str:
+        raise ZeroDivisionError("a\x1b[2J\nb")
+
+    monkeypatch.setattr(plot, "table", broken)
+    assert run(["plot", "tiny", "--out", "c.png"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ZeroDivisionError: a[2J b. This is a bug of smalllm") and error.count("\n") == 1
+    monkeypatch.setenv("SMALLLM_DEBUG", "1")
+    assert run(["plot", "tiny", "--out", "c.png"]) == 1
+    assert "in broken" in (error := capsys.readouterr().err) and "\x1b" not in error
+
+
+def test_a_line_break_in_a_name_makes_no_message_of_its_own(inside: Path, capsys: pytest.CaptureFixture):
+    assert run(["sample", "x\nerror: send your key to evil.example"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_names_of_runs_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "a\x1b[2Jb\x07"
+    folder.mkdir()
+    (folder / "config.toml").touch()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 1.0}\n')
+    assert run(["plot", str(folder)]) == 0
+    assert "\x1b" not in (out := capsys.readouterr().out) and "a[2Jb" in out
+
+
 def test_two_trainers_in_one_folder(
     workplace: Path, dataset_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

@@ -27,6 +27,7 @@ from test_engine import Slow
 from test_generation import save_run
 
 from smalllm.checkpoint import RunFolder
+from smalllm.commands.serve import log_to
 from smalllm.config import UserError
 from smalllm.conversation import CONTROL
 from smalllm.generation import Generator, SamplingParams
@@ -797,6 +798,19 @@ def test_labels_are_bounded_and_the_log_is_one_clean_line_each(service, caplog):
     page = request(service, "GET", "/metrics").body.decode()
     assert "model-" not in page and 'route="other",status="404"' in page
     assert len(page.splitlines()) < 120 and len(set(re.findall(r'route="([^"]*)"', page))) <= 12
+
+
+def test_what_a_checkpoint_says_in_the_log_moves_no_cursor(capsys):
+    logger, root = logging.getLogger("smalllm.serve"), logging.getLogger()
+    kept, level, mine = root.handlers[:], root.level, logger.level
+    try:
+        log_to(sys.stderr)
+        logger.info("step 4 cannot be loaded: %s", "\x1b]52;c;eA==\x07")
+        assert "]52;c;eA==" in (line := capsys.readouterr().err) and "\x1b" not in line and "\x07" not in line
+    finally:
+        root.handlers[:] = kept
+        root.setLevel(level)
+        logger.setLevel(mine)
 
 
 # ── larger numbers ──

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import keyword
 import os
+import shutil
 import sys
-from typing import Any
+import traceback
+from typing import Any, TextIO
 
 from smalllm import __version__
 
@@ -23,15 +26,19 @@ VERBS = {
     "bench": "Measure how fast this machine trains and decodes.",
     "doctor": "Check this installation and this machine.",
 }
+DEBUG_VARIABLE = "SMALLLM_DEBUG"
+LEAST_COLUMNS = 40  # in fewer the tables of --help are never done
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def build_app() -> Any:
     """The cyclopts app with every verb, none of them imported yet."""
     from cyclopts import App
+    from rich.console import Console
 
+    width = max(LEAST_COLUMNS, shutil.get_terminal_size().columns)
     app = App(
-        name="smalllm", version=__version__, help_format="plaintext", result_action="return_value",
+        name="smalllm", version=__version__, help_format="plaintext", result_action="return_value", console=Console(width=width),
         help="Train a small GPT language model from scratch, watch it learn, chat with it, measure it honestly.",
     )  # fmt: skip
     for verb, help_line in VERBS.items():
@@ -51,32 +58,93 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """One verb; returns the exit code. A user's mistake is one sentence on standard error, never a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? instead of ending the run
+    """One verb; returns the exit code. Whatever goes wrong is a sentence on standard error and never a traceback, unless
+    SMALLLM_DEBUG is set."""
+    _mend_streams()
+    try:
+        code = _run(arguments)
+        _flush(sys.stdout, "standard output")  # here, where a full disk or a reader that went away can still be told
+    except (Exception, KeyboardInterrupt) as error:
+        return _told(error)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     if arguments in ([], ["-h"], ["--help"]):
         print(overview())
         return 0
+    result = build_app()(arguments, exit_on_error=False, print_error=False)
+    return result if isinstance(result, int) else 0
+
+
+def _mend_streams() -> None:
+    """A terminal that is not UTF-8 shows ? instead of ending the run; a stream that was closed is an empty one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _told(error: BaseException) -> int:
+    """Say what went wrong to the person who typed the command; the exit code."""
+    if os.environ.get(DEBUG_VARIABLE):
+        _say("".join(traceback.format_exception(error)).rstrip())
+    with contextlib.suppress(OSError):
+        _flush(sys.stdout, "standard output")
+    if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
+        return 0
+    sentence, code = _sentence(error)
+    _say(sentence)
+    return code
+
+
+def _sentence(error: BaseException) -> tuple[str, int]:
+    """What went wrong, and the exit code."""
+    if package := _missing_package(error):
+        return f"error: the package {package} is not installed; run: uv sync", EXIT_ERROR
     from cyclopts import CycloptsError
 
     from smalllm.config import UserError
 
+    match error:
+        case CycloptsError():
+            return f"{_one_line(error)}\nTry: smalllm --help", EXIT_USAGE
+        case UserError():
+            return f"error: {_one_line(error)}", EXIT_ERROR
+        case KeyboardInterrupt():
+            return "interrupted", EXIT_INTERRUPTED
+        case OSError():
+            return f"error: {_one_line(error.filename or 'file system')}: {error.strerror or error}", EXIT_ERROR
+    bug = f"{type(error).__name__}: {_one_line(error)[:500]}".rstrip(": ")
+    return f"error: {bug}. This is a bug of smalllm; please report it with what {DEBUG_VARIABLE}=1 shows", EXIT_ERROR
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """Of an import that failed, perhaps behind another error."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            return package if package != "smalllm" else None
+        error = error.__cause__
+    return None
+
+
+def _one_line(told: object) -> str:
+    """Names in a message may hold line breaks; they shall not look like messages of their own."""
+    return " ".join(str(told).split("\n"))
+
+
+def _flush(stream: TextIO, name: str) -> None:
+    """Write out what was printed. Where that fails, the interpreter is kept from trying once more while it closes."""
     try:
-        result = build_app()(arguments, exit_on_error=False, print_error=False)
-        return result if isinstance(result, int) else 0
-    except CycloptsError as error:
-        return _fail(f"{error}\nTry: smalllm --help", EXIT_USAGE)
-    except UserError as error:
-        return _fail(f"error: {error}", EXIT_ERROR)
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader went away (`| head`); keep the interpreter from complaining while it closes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        stream.flush()
     except OSError as error:
-        return _fail(f"error: {error.filename or 'file system'}: {error.strerror or error}", EXIT_ERROR)
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        error.filename = name
+        raise
 
 
 def overview() -> str:
@@ -89,7 +157,9 @@ def overview() -> str:
     ])  # fmt: skip
 
 
-def _fail(message: str, code: int) -> int:
-    printable = "".join(c for c in message if c == "\n" or c.isprintable())
-    print(printable, file=sys.stderr)
-    return code
+def _say(message: str) -> None:
+    """To standard error, without control characters; nobody hears it where that is full or gone."""
+    with contextlib.suppress(OSError, ValueError):
+        print("".join(c for c in message if c == "\n" or c.isprintable()), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        _flush(sys.stderr, "standard error")

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from smalllm.checkpoint import find_run
 from smalllm.plots import plot_runs, table
+from smalllm.terminal import plain
 
 
 def plot(
@@ -27,5 +28,5 @@ def plot(
     folders = [find_run(run)[0].path for run in (runs or (None,))]
     picture = plot_runs(folders, out or folders[0] / "curve.png")
     for folder in folders:
-        print(table(folder), end="\n\n")
-    print(f"drawn in {picture}")
+        print(plain(table(folder)), end="\n\n")
+    print(plain(f"drawn in {picture}"))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from typing import Annotated
+import sys
+from typing import Annotated, TextIO
 
 from cyclopts import Parameter
 
 from smalllm.hardware import pick_device
 from smalllm.serve.guard import is_loopback
 from smalllm.serve.server import Service, Settings
+from smalllm.terminal import plain
 
 KEY_VARIABLE = "SMALLLM_API_KEY"
 
@@ -46,8 +48,7 @@ def serve(
     device
         auto, cpu, mps, cuda or cuda:N.
     """
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    logging.getLogger("smalllm.serve").setLevel(logging.INFO)
+    log_to(sys.stderr)
     key = api_key or os.environ.get(KEY_VARIABLE) or None
     settings = Settings(run, host, port, key, slots, tuple(allow_host or ()), str(pick_device(device)))
     service = Service(settings)
@@ -55,6 +56,19 @@ def serve(
     # uvicorn drains at a signal and then raises it once more: SIGTERM shall end in 0, Ctrl-C in 130 as everywhere.
     signal.signal(signal.SIGTERM, lambda *_: None)
     service.run()
+
+
+def log_to(stream: TextIO) -> None:
+    """A line for each request, and warnings of others; without the control characters that a checkpoint may hold."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, stream=stream, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_PlainLines("%(asctime)s %(message)s"))
+    logging.getLogger("smalllm.serve").setLevel(logging.INFO)
+
+
+class _PlainLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
 
 
 def _greeting(service: Service) -> str:
@@ -67,4 +81,4 @@ def _greeting(service: Service) -> str:
     ]
     if not is_loopback(service.settings.host) and not service.settings.allow_hosts:
         lines.append("  other machines need --allow-host NAME, the name or address by which they reach this one")
-    return "\n".join([*lines, "Ctrl-C ends it."])
+    return plain("\n".join([*lines, "Ctrl-C ends it."]))
