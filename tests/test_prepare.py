@@ -380,6 +380,26 @@ def test_summary_says_what_to_do_next(source, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("unchanged: ")
 
 
+def test_near_copies_are_counted_and_the_worst_pair_is_shown(tmp_path, capsys):
+    words = " ".join(f"word{number}" for number in range(60))
+    valid = write(tmp_path / "valid.txt", [f"\x1b[31mOnce {words}", *TEXTS[:20]])
+    source = write(tmp_path / "train.txt", [f"Twice {words}", *TEXTS[20:300]])
+    options = {"out": tmp_path / "out", "vocab_size": SIZE, "valid": valid}
+    command(source, **options)
+    printed = capsys.readouterr().out
+    assert "leaks       1 of 21 validation documents, 281 training documents compared: similarity 0.8 or more" in printed
+    assert "most alike  0.97" in printed and "[31mOnce word0" in printed and "Twice word0" in printed
+    assert "\x1b" not in printed
+    command(source, **options, json_output=True)  # unchanged: the figures are those of the manifest
+    leaks = json.loads(capsys.readouterr().out)["leaks"]
+    assert (leaks["near"], leaks["exact"], leaks["threshold"]) == (1, 0, 0.8)
+
+
+def test_no_leaks_are_said(source, tmp_path, capsys):
+    command(source, out=tmp_path / "out", vocab_size=SIZE)
+    assert "leaks       none found among " in capsys.readouterr().out
+
+
 def test_progress_reaches_the_end_of_each_stage(source, tmp_path):
     states = []
     prepare([source], tmp_path / "out", vocab_size=SIZE, progress=states.append)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.text import Text
 from smalllm.config import UserError
 from smalllm.data.prepare import PrepareProgress, PrepareResult
 from smalllm.data.prepare import prepare as prepare_dataset
+from smalllm.terminal import plain
 
 KEYS = (
     "out",
@@ -33,6 +34,7 @@ KEYS = (
     "empty",
     "reused",
     "fingerprint",
+    "leaks",
 )
 STAGES = {"read": "reading documents", "tokenizer": "learning the vocabulary", "encode": "encoding"}
 
@@ -149,6 +151,29 @@ def _summary(result: PrepareResult) -> str:
         lines.append(
             f"  left out    {result.duplicates:,} copies of validation documents, {result.empty:,} empty documents"
         )
+    lines += _leaks(result.leaks)
     if not result.reused:
         lines.append(f"  speed       {result.megabytes_per_second:.1f} MB/s, {result.seconds:.1f} s")
     return "\n".join([*lines, f"next: smalllm train --data {out}"])
+
+
+def _leaks(leaks: dict[str, Any] | None) -> list[str]:
+    """Whether training nearly holds validation documents, and the pair that resembles most."""
+    if leaks is None:  # made by an earlier version
+        return []
+    compared = (
+        f"{leaks['valid_documents']:,} validation documents, {leaks['train_documents']:,} training documents compared"
+    )
+    worst = leaks["worst"]
+    if worst is None:
+        return [f"  leaks       none found among {compared}"]
+    return [
+        f"  leaks       {leaks['near'] + leaks['exact']:,} of {compared}: similarity {leaks['threshold']:g} or more",
+        f"  most alike  {worst['similarity']:.2f}, validation document {worst['valid']:,}: {_line(worst['valid_text'])}",
+        f"              training document {worst['train']:,}: {_line(worst['train_text'])}",
+    ]
+
+
+def _line(text: str, most: int = 80) -> str:
+    flat = plain(" ".join(text.split()))
+    return flat if len(flat) <= most else f"{flat[:most]} ..."

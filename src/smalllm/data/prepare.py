@@ -8,7 +8,8 @@ It knows nothing of models and training, and of formats and hubs only what `sour
    nowhere in training.
 3. A seeded permutation of all documents is the stored order. The tokenizer learns from the first 20 MB of training text
    in that order: an even sample of everything.
-4. Batches of documents are encoded on all threads and appended to shards; the manifest comes last.
+4. Batches of documents are encoded on all threads and appended to shards. The first 100 MB of training are compared with
+   validation on the way (`duplicates`), and what resembles it stands in the manifest, which comes last.
 
 The result depends on the documents and the settings, never on the number of workers. An interrupted prepare leaves no
 manifest; the next one removes what it finds and starts again.
@@ -25,11 +26,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
 from smalllm.config import UserError
+from smalllm.data.duplicates import Auditor, scrambled
 from smalllm.data.shards import (
     MANIFEST,
     TOKENIZER,
@@ -51,6 +53,7 @@ VOCAB_SIZE = 4096
 VALID_FRACTION = 0.02
 SAMPLE_BYTES = 20_000_000
 BATCH_BYTES = 4_000_000
+AUDIT_BYTES = 100_000_000  # about a second; `duplicates.audit` compares everything
 REPORT_SECONDS = 0.1
 SPOOL = ".spool"
 LOCK = ".lock"
@@ -89,6 +92,7 @@ class PrepareResult:
     empty: int = 0  # documents of nothing but white space, left out
     reused: bool = False  # the folder held this dataset already
     fingerprint: str = ""
+    leaks: dict[str, Any] | None = None  # shards.LeakRecord: validation documents that training nearly holds
 
 
 @dataclass(frozen=True)
@@ -365,6 +369,9 @@ def _make(
         tokenizer.save(folder / TOKENIZER)
         total = _text_bytes(spool, train) + _text_bytes(spool, valid)
         encoder = _Encoder(folder, spool, tokenizer, threads, clock, total)
+        auditor = Auditor(
+            lambda number: spool.text(valid[number]), len(valid), seed=settings.seed, most_bytes=AUDIT_BYTES
+        )
         manifest = Manifest(
             sources=description.sources,
             inputs=description.inputs,
@@ -376,7 +383,8 @@ def _make(
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             valid=encoder.write("valid", valid),
-            train=encoder.write("train", train),
+            train=encoder.write("train", train, auditor),
+            leaks=auditor.finish(),
         )
     finally:
         spool.close()
@@ -444,10 +452,7 @@ def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
     """splitmix64 (Steele, Lea and Flood 2014) of each number: pseudo-random keys that no library version changes."""
     key = int.from_bytes(hashlib.blake2b(f"order {seed}".encode(), digest_size=8).digest(), "little")
     with np.errstate(over="ignore"):
-        mixed = (numbers + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+        return scrambled((numbers + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _one_sided(count: int, explicit: bool) -> str:
@@ -484,8 +489,10 @@ class _Encoder:
         self._threads, self._clock, self._total = threads, clock, total
         self._documents = self._done = 0
 
-    def write(self, split: Literal["train", "valid"], numbers: np.ndarray) -> SplitRecord:
-        """Encode the documents in this order into shards."""
+    def write(
+        self, split: Literal["train", "valid"], numbers: np.ndarray, auditor: Auditor | None = None
+    ) -> SplitRecord:
+        """Encode the documents in this order into shards, and show them to an auditor."""
         writer = ShardWriter(self._folder, split, self._tokenizer.vocab_size)
         digest = hashlib.sha256()
         size = 0
@@ -493,6 +500,8 @@ class _Encoder:
             for batch in self._batches(numbers):
                 writer.add(*self._tokenizer.encode_documents(batch, self._threads))
                 size += sum(map(len, batch))
+                if auditor:
+                    auditor.add_all(batch)
                 if split == "valid":
                     digest.update(b"\0".join([*batch, b""]))
                 self._advance(batch)
@@ -547,4 +556,5 @@ def _result(folder: Path, manifest: Manifest, clock: _Clock) -> PrepareResult:
         seconds=round(seconds, 3),
         megabytes_per_second=round(size / 1e6 / seconds, 3),
         fingerprint=manifest.fingerprint,
+        leaks=manifest.leaks.model_dump() if manifest.leaks else None,
     )

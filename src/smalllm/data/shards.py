@@ -82,6 +82,30 @@ class InputRecord(Record):
     sha256: Digest
 
 
+class PairRecord(Record):
+    """A validation and a training document that resemble each other: their numbers in stored order and how they begin.
+    `similarity` is the Jaccard similarity of their runs of five words."""
+
+    similarity: Annotated[float, Field(ge=0.0, le=1.0)]
+    valid: Count
+    train: Count
+    valid_text: str
+    train_text: str
+
+
+class LeakRecord(Record):
+    """What `duplicates` found: validation documents that stand in training word for word (`exact`), and others that have a
+    similarity of `threshold` or more with a training document (`near`). The documents of each side are those compared;
+    they are the first in stored order."""
+
+    threshold: Annotated[float, Field(gt=0.0, le=1.0)]
+    exact: Count
+    near: Count
+    valid_documents: Count
+    train_documents: Count
+    worst: PairRecord | None = None
+
+
 class Manifest(Record):
     """What the folder holds and what made it. `settings` are the arguments of prepare that decide the content."""
 
@@ -98,6 +122,7 @@ class Manifest(Record):
     eos_id: Count
     train: SplitRecord
     valid: SplitRecord
+    leaks: LeakRecord | None = None
 
     @model_validator(mode="after")
     def _dtype_fits(self) -> Self:
@@ -113,8 +138,9 @@ class Manifest(Record):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON without `created_with`: equal data made by two versions is equal."""
-        return _canonical_sha256(self.model_dump(mode="json", exclude={"created_with"}))
+        """SHA-256 of the canonical JSON without `created_with` and `leaks`: equal data made by two versions is equal,
+        and what was found out about it does not change it."""
+        return _canonical_sha256(self.model_dump(mode="json", exclude={"created_with", "leaks"}))
 
     def save(self, folder: Path) -> None:
         """Write manifest.json atomically, with the SHA-256 of its content, so that a damaged manifest is noticed."""
