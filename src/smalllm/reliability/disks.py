@@ -232,7 +232,7 @@ class PowerLoss:
 
     def _find(self, path: Path, root: Path) -> _Inode:
         found = self.root
-        for part in path.relative_to(root).parts:
+        for part in path.parts[len(root.parts) :]:
             found = found.names[part]
         return found
 

@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -313,12 +314,11 @@ def _short(given: Path) -> RunConfig:
 
 def _power(number: int, folder: Path, given: Path) -> None:
     """The power goes after some event; one of the disks that may be left behind is what training goes on from."""
-    trace = _trace(given)
+    events, marks = _trace(given)
     chance = random.Random(number)
-    cut = number % (len(trace["events"]) + 1)
-    root = Path("/recorded")
-    PowerLoss([_event(record, root) for record in trace["events"][:cut]], root).write_to(folder, chance)
-    promised = max((step for place, step in trace["marks"] if place <= cut), default=0)
+    cut = number % (len(events) + 1)
+    PowerLoss(events[:cut], RECORDED).write_to(folder, chance)
+    promised = max((step for place, step in marks if place <= cut), default=0)
     run = folder / "runs" / "run"
     found = RunFolder(run)
     if promised:
@@ -332,19 +332,19 @@ def _power(number: int, folder: Path, given: Path) -> None:
         check_same(run, given / "straight")
 
 
-_TRACE: dict[Path, dict[str, Any]] = {}
+RECORDED = Path("/recorded")
 
 
-def _trace(given: Path) -> dict[str, Any]:
-    """Read once for all cases of a process."""
-    if given not in _TRACE:
-        _TRACE[given] = json.loads((given / "trace.json").read_text())
-    return _TRACE[given]
+@cache
+def _trace(given: Path) -> tuple[list[Event], list[tuple[int, int]]]:
+    """What was recorded; read once for all cases of a process."""
+    trace = json.loads((given / "trace.json").read_text())
+    return [_event(record) for record in trace["events"]], trace["marks"]
 
 
-def _event(record: Mapping[str, Any], root: Path) -> Event:
-    other = root / record["other"] if record["other"] else None
-    return Event(record["kind"], root / record["path"], other, bytes.fromhex(record["data"]), record["offset"])
+def _event(record: Mapping[str, Any]) -> Event:
+    other = RECORDED / record["other"] if record["other"] else None
+    return Event(record["kind"], RECORDED / record["path"], other, bytes.fromhex(record["data"]), record["offset"])
 
 
 def _whole(checkpoint: Checkpoint) -> bool:
