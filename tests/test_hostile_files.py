@@ -29,7 +29,7 @@ FORMATS: dict[str, tuple[Any, str]] = {
 """Module and dtype of each; every module has a `write` and a `read`."""
 READ = ("config.json", "model.safetensors", "tokenizer.model", "model.bin", "tokenizer.bin")
 """The files of a folder that are read; others may hold what they like."""
-CASES, MANY = 500, 20_000
+CASES = 40  # of each format; many thousands are tried by tests/reliability (F1)
 SLOWEST = 1.0
 ROOM = 100 << 20
 NUMBERS = [0, 1, -1, 2, 7, 255, 2**15, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
@@ -74,7 +74,12 @@ def hostile(good: Path, number: int, folder: Path) -> Path:
 def damage(draw: random.Random, file: Path) -> None:
     """Change a file as its kind suggests, or as any file."""
     ways = [flipped, cut, grown, numbered, replaced]
-    own = {".json": [json_text, json_key] * 3, ".safetensors": [tensors_header] * 6, ".bin": [numbered] * 5}
+    own = {
+        ".json": [json_text, json_key] * 3,
+        ".safetensors": [tensors_header] * 6,
+        ".bin": [numbered] * 5,
+        "": [numbered_anywhere] * 5,
+    }  # "": GGUF
     data = draw.choice([*ways, *own.get(file.suffix, [])])(draw, file.read_bytes())
     file.write_bytes(data)
 
@@ -102,6 +107,12 @@ def numbered(draw: random.Random, data: bytes) -> bytes:
     place = draw.randrange(0, 64, size)
     value = draw.choice(NUMBERS) % (1 << 8 * size)
     return data[:place] + value.to_bytes(size, "little") + data[place + size :]
+
+
+def numbered_anywhere(draw: random.Random, data: bytes) -> bytes:
+    """Another number where lengths, counts and types stand between texts."""
+    place, size = draw.randrange(min(len(data), draw.choice([200, 2000, 20_000]))), draw.choice([4, 8])
+    return data[:place] + (draw.choice(NUMBERS) % (1 << 8 * size)).to_bytes(size, "little") + data[place + size :]
 
 
 def replaced(draw: random.Random, data: bytes) -> bytes:
@@ -206,12 +217,6 @@ def reset_peak() -> None:
 
 def test_hostile_files_are_refused(good: Path, tmp_path: Path):
     assert CASES / 2 < check_cases(good, tmp_path, CASES) <= CASES
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_many_hostile_files_are_refused(good: Path, tmp_path: Path):
-    assert MANY / 2 < check_cases(good, tmp_path, MANY) <= MANY
 
 
 # ── pickles ──

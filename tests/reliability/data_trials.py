@@ -112,7 +112,10 @@ def batches_of(dataset: TokenDataset) -> Iterator[list[Batch]]:
 
 
 def damage_before(draw: random.Random, data: Path, other: Path) -> None:
-    kind, path = draw.choice([*CONTENTS, "missing", "no file", "other tokenizer", "lying manifest"]), None
+    kind, path = (
+        draw.choice([*CONTENTS, "missing", "no file", "other tokenizer", "lying manifest", "unsigned manifest"]),
+        None,
+    )
     path = draw.choice(sorted(data.iterdir()))
     match kind:
         case "missing":
@@ -130,6 +133,10 @@ def damage_before(draw: random.Random, data: Path, other: Path) -> None:
         case "other tokenizer":
             path = data / "tokenizer.model"
             shutil.copy(other, path)
+        case "unsigned manifest":
+            path = data / "manifest.json"
+            text = path.read_text()
+            path.write_text(text.replace('"seed": 42', '"seed": 43').replace('"text_bytes": ', '"text_bytes": 1'))
         case "lying manifest":
             path = data / "manifest.json"
             resign(data, **lie(draw))
@@ -157,7 +164,7 @@ def lie(draw: random.Random) -> dict[str, Any]:
 
 def resign(data: Path, **changes: Any) -> None:
     """Change a manifest and sign it again: its SHA-256 is no secret."""
-    fields = {**json.loads((data / "manifest.json").read_text()), **changes}
+    fields = {**json.loads((data / "manifest.json").read_bytes()), **changes}
     fields.pop("sha256", None)
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     (data / "manifest.json").write_text(json.dumps({**fields, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
@@ -232,6 +239,8 @@ def clean_prepare(given: Path) -> None:
     test_prepare.write(given / "stories.txt", test_prepare.TEXTS * 4)
     began = time.monotonic()
     run_prepare(given, given / "clean")
+    names = ["manifest.json", "tokenizer.model", "train-00000.bin", "valid-00000.bin"]
+    assert sorted(os.listdir(given / "clean")) == names
     (given / "seconds").write_text(str(time.monotonic() - began))
 
 
@@ -418,6 +427,7 @@ def reader_breaks(number: int, folder: Path, given: Path) -> None:
         assert_same(made, [list(whole.micro_batches(later, 4)) for later in range(step, step + 3)])
     except (UserError, OSError, MemoryError, SystemExit, KeyboardInterrupt) as error:
         assert kind != "slow" and time.monotonic() - began < SOON, repr(error)
+        assert TOLD[kind] in repr(error), f"{error!r} was told of {kind}"
     broken.split.read = read  # type: ignore[method-assign]
     again = Prefetch(broken)
     assert_same([again.step(step, 4)], [list(whole.micro_batches(step, 4))])
@@ -451,6 +461,13 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "interrupt": failing(KeyboardInterrupt()),
     "silent": lambda read: lambda start, count: time.sleep(60),
 }
+
+
+TOLD = {
+    "disk": "Input/output error", "memory": "MemoryError", "refused": "the shard is damaged", "exit": "SystemExit(3)",
+    "interrupt": "KeyboardInterrupt", "silent": "did not come within 1 s",
+}  # fmt: skip
+"""What must be said of each."""
 
 
 def thread_is_gone(number: int, folder: Path, given: Path) -> None:
@@ -688,11 +705,11 @@ TRIALS: list[Trial] = [
     Trial("D3", "a killed prepare leaves nothing false, and the next is the clean one", killed_prepare, 6, 100, clean_prepare),
     Trial("D4-strings", "decode(encode(text)) is the text", strings_come_back, 10, 500, together=5),
     Trial("D4-files", "odd files of text are counted or refused by name", odd_file, 26, len(FILES), together=2),
-    Trial("D5-reader", "a slow, failing, dying or silent reader is told in time", reader_breaks, 7, 50, stories_and_run),
+    Trial("D5-reader", "a slow, failing, dying or silent reader is told in time", reader_breaks, 2 * len(READERS), 50, stories_and_run),
     Trial("D5-thread", "a thread that is gone is no hang", thread_is_gone, 3, 50, stories_and_run, together=5),
     Trial("D5-training", "data that breaks in training ends it in a sentence, and it resumes exactly", data_breaks_in_training, 4, 50, stories_and_run),
     Trial("D5-prepare", "a prepare that fails leaves nothing", prepare_breaks, 4, 50, clean_prepare),
     Trial("D6-order", "every target of an epoch once, across ranks, packings and resumes", order_of_an_epoch, 100, 1000, together=25),
     Trial("D6-sides", "no text in training and validation", sides_are_apart, 4, 50, together=5),
-    Trial("D7", "downloads arrive whole or not at all", download, 16, 64),
+    Trial("D7", "downloads arrive whole or not at all", download, 2 * len(DOWNLOADS), 64),
 ]  # fmt: skip

@@ -51,7 +51,7 @@ UNSEPARATED_CHARACTERS = 8_000_000
 LONGEST_DOCUMENT = 1 << 28  # characters; a compressed bomb must end as an error
 LONGEST_VALUE = 1 << 26  # characters of a value of a .json file, of which several copies are in memory
 HEAD_BYTES = 8192
-MOST_MEMBERS = 1_000_000  # of an archive
+MOST_MEMBERS = 200_000  # of an archive, of whatever kind
 LONGEST_HEADER = 1 << 16  # bytes of an archive that say what an entry is called
 DEFAULT_STORIES = 100_000
 WORLDS = {"storyworld": False, "storyworld-small": True}  # whether it is the small one
@@ -314,7 +314,7 @@ def _read_archive(path: Path, members: int | None) -> Iterator[str]:
             vars(archive).update(members=[], pax_headers={})  # which would grow without end
             entries += 1
             if entries > MOST_MEMBERS:
-                raise UserError(f"{path} has more than {MOST_MEMBERS:,} entries; join its texts in fewer files")
+                raise UserError(f"{path} has more than {MOST_MEMBERS:,} entries; unpack it and give the folder")
             base = member.name.rpartition("/")[2]
             if not member.isfile() or base.startswith(".") or not base.endswith(SUFFIXES[:-1]):
                 continue
