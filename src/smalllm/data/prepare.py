@@ -8,7 +8,7 @@ It knows nothing of models and training, and of formats and hubs only what `sour
    nowhere in training.
 3. A seeded permutation of all documents is the stored order. The tokenizer learns from the first 20 MB of training text
    in that order: an even sample of everything.
-4. Batches of documents are encoded on all threads and appended to shards. The first 100 MB of training are compared with
+4. Batches of documents are encoded on all threads and appended to shards. The first 50 MB of training are compared with
    validation on the way (`duplicates`), and what resembles it stands in the manifest, which comes last.
 
 The result depends on the documents and the settings, never on the number of workers. An interrupted prepare leaves no
@@ -53,7 +53,7 @@ VOCAB_SIZE = 4096
 VALID_FRACTION = 0.02
 SAMPLE_BYTES = 20_000_000
 BATCH_BYTES = 4_000_000
-AUDIT_BYTES = 100_000_000  # about a second; `duplicates.audit` compares everything
+AUDIT_BYTES = 50_000_000  # of training text; `duplicates.audit` compares everything
 REPORT_SECONDS = 0.1
 SPOOL = ".spool"
 LOCK = ".lock"
