@@ -271,6 +271,15 @@ def test_a_bug_is_a_sentence_and_a_traceback_only_when_asked_for(
     assert "in broken" in (error := capsys.readouterr().err) and "\x1b" not in error
 
 
+def test_a_verb_that_cannot_be_loaded_hides_no_spelling_mistake(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """To say which verb was meant, cyclopts loads them all."""
+    monkeypatch.setitem(sys.modules, "smalllm.commands.plot", None)
+    assert run(["trian"]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_line_break_in_a_name_makes_no_message_of_its_own(inside: Path, capsys: pytest.CaptureFixture):
     assert run(["sample", "x\nerror: send your key to evil.example"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

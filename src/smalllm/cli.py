@@ -95,7 +95,10 @@ def _told(error: BaseException) -> int:
         _flush(sys.stdout, "standard output")
     if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
         return 0
-    sentence, code = _sentence(error)
+    try:
+        sentence, code = _sentence(error)
+    except Exception as another:  # cyclopts loads every verb to say which one was meant
+        sentence, code = _sentence(another)
     _say(sentence)
     return code
 

@@ -59,18 +59,13 @@ def set_up(given: Path) -> None:
 
 # ── C1: wrong arguments in strange surroundings ──
 
-TARGETS: dict[str, Callable[[str], list[str]]] = {
+TARGETS: dict[str, Callable[[str], list[str]]] = {verb: lambda it: [it] for verb in VERBS} | {
     "train": lambda it: [f"{it}.toml"],
     "prepare": lambda it: [f"{it}.txt", "--out", "made"],
-    "sample": lambda it: [it],
-    "chat": lambda it: [it],
     "serve": lambda it: [it, "--port", "0"],
-    "evaluate": lambda it: [it],
     "export": lambda it: [it, "--to", "gguf", "--out", "made.gguf"],
     "import": lambda it: [it, "--out", "made"],
-    "plot": lambda it: [it],
     "bench": lambda it: ["decode", it],
-    "doctor": lambda it: [it],
 }
 MISTAKES = ("help", "nothing", "unknown option", "typo", "missing", "directory", "forbidden", "binary", "empty", "odd")
 SURROUNDINGS: dict[str, dict[str, Any]] = {
@@ -482,7 +477,8 @@ def _plot(text: str, folder: Path) -> None:
 
 
 def _prepared(text: str) -> PrepareResult:
-    values = {part.name: 1 for part in dataclasses.fields(PrepareResult)} | {"out": text}
+    parts = dataclasses.fields(PrepareResult)
+    values = {part.name: 1 if part.default is dataclasses.MISSING else part.default for part in parts} | {"out": text}
     return SimpleNamespace(**values)  # type: ignore[return-value]
 
 
