@@ -307,9 +307,9 @@ def shutdown(number: int, folder: Path, given: Path) -> None:
         time.sleep(chance.random() * 0.1)
         os.kill(server.pid, signal.SIGTERM)
         began = time.monotonic()
-        time.sleep(0.05)
         late = []
         with contextlib.suppress(OSError):  # it has ended already
+            wait_until(lambda: server.get("/health")[0] != 200, 0.5)
             late.append(server.exchange(server.post()))
         texts = [stream.result() for stream in streams]
     assert os.waitstatus_to_exitcode(os.waitpid(server.pid, 0)[1]) == 0, server.log()

@@ -549,10 +549,10 @@ def breakers(number: int, folder: Path, given: Path) -> None:
 
 
 TRIALS: list[Trial] = [
-    Trial("C1", "whatever is typed wherever: exit code 0, 1 or 2 and a paragraph, nothing written", misuse, 100, len(PAIRS) + len(REAL), together=20),
+    Trial("C1", "whatever is typed wherever: exit code 0, 1 or 2 and a paragraph, nothing written", misuse, 80, len(PAIRS) + len(REAL), together=20),
     Trial("C2", "a package that is missing is named with the command that installs it", absent, 2, len(ABSENT), set_up),
     Trial("C3", "what needs no network asks for none", offline, 3, len(WORK), set_up),
     Trial("C4", "no secret of the environment is printed or written", secrets, 3, len(WORK), set_up),
-    Trial("F8", "foreign text moves no cursor: no control character but newline and tab is printed", injection, 40, 200, set_up, together=20),
+    Trial("F8", "foreign text moves no cursor: no control character but newline and tab is printed", injection, 20, 200, set_up, together=20),
     Trial("F9", "foreign text in cards and settings stays text: YAML, TOML and Markdown give it back", breakers, 100, 100, set_up, together=50),
 ]  # fmt: skip
