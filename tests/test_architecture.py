@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "smalllm"
 # A module imports only what stands before it. docs/architecture.md shows the same list.
 ORDER = [
     "terminal", "untrusted", "files", "config", "hardware", "native.build", "native.words", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
-    "data.shards", "data.duplicates", "data.storyworld", "data.sources", "data.prepare", "data.batches",
+    "data.shards", "data.duplicates", "data.storyworld", "data.sources", "data.prepare", "data.batches", "ngrams",
     "decoder", "generation", "evaluation", "preflight",
     "training.schedule", "training.optimizer", "training.objectives", "training.guards", "training.saver", "training.trainer",
     "export.destination", "export.card", "export.names", "export.pieces", "export.huggingface_config", "export.fast_tokenizer", "export.huggingface", "export.gguf", "export.llamacpp", "export.certificate", "export.hub", "export.llama2c", "export.html",

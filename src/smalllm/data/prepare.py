@@ -57,7 +57,9 @@ AUDIT_BYTES = 50_000_000  # of training text; `duplicates.audit` compares everyt
 REPORT_SECONDS = 0.1
 SPOOL = ".spool"
 LOCK = ".lock"
-OURS = re.compile(r"\.lock|\.spool|manifest\.json|tokenizer\.model|(train|valid)-\d{5}\.bin|\..+\.tmp")
+OURS = re.compile(
+    r"\.lock|\.spool|manifest\.json|tokenizer\.model|floors\.json|\.tmp-floors\.json-\d+|(train|valid)-\d{5}\.bin|\..+\.tmp"
+)
 
 Stage = Literal["read", "tokenizer", "encode"]
 
