@@ -200,7 +200,7 @@ def test_huge_dimensions_in_model_json_are_refused_before_allocation(tmp_path: P
     path = checkpoint.path / "model.json"
     settings = json.loads(path.read_text())
     settings["model"]["width"] = 65_536
-    settings["model"]["mlp_width"] = 10**9
+    settings["model"]["mlp_width"] = 10**6
     path.write_text(json.dumps(settings))
     reseal(checkpoint)
     with pytest.raises(UserError, match="has shape"):
@@ -250,3 +250,30 @@ def test_the_tokenizer_of_another_run_is_noticed(tmp_path: Path, dataset_folder:
     Tokenizer.load(dataset_folder / "tokenizer.model").save(folder.tokenizer_file)
     with pytest.raises(UserError, match="is the tokenizer of another run"):
         open_run(tmp_path)
+
+
+def test_a_damaged_model_json_is_damage_and_the_one_before_tells_the_story(tmp_path: Path):
+    folder = filled(tmp_path, [1, 2])
+    path = folder.checkpoints()[-1].path / "model.json"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert folder.first("latest", lambda checkpoint: (checkpoint.load_model(), checkpoint.step)[1]) == 1
+
+
+def test_digits_that_are_no_step_and_pipes_are_passed_over(tmp_path: Path):
+    folder = filled(tmp_path, [1, 2])
+    (folder.checkpoints_folder / "step-\u00b2").mkdir()
+    (folder.checkpoints_folder / ("step-" + "9" * 200)).mkdir()
+    (tmp_path / "best").write_text("step-\u00b2")
+    assert [c.step for c in folder.checkpoints()] == [1, 2] and folder.best_step() is None
+    newest = folder.checkpoints()[-1].path / "state.json"
+    newest.unlink()
+    os.mkfifo(newest)
+    assert folder.choose("latest").step == 1
+
+
+def test_leftovers_of_a_crash_go_when_training_begins_again(tmp_path: Path):
+    folder = filled(tmp_path, [1])
+    for name in (".tmp-7-123", ".trash-step-00000000"):
+        (folder.checkpoints_folder / name).mkdir()
+    folder.sweep()
+    assert os.listdir(folder.checkpoints_folder) == ["step-00000001"]

@@ -174,3 +174,10 @@ def test_swiglu_width_has_the_parameters_of_a_gelu_mlp():
     assert ModelConfig(width=384).hidden_width == 1024
     assert ModelConfig(width=384, norm="layernorm", activation="gelu").hidden_width == 1536
     assert ModelConfig(width=384, mlp_width=777).hidden_width == 777
+
+
+def test_a_key_of_many_parts_is_refused_before_it_takes_all_memory(tmp_path: Path):
+    path = tmp_path / "deep.toml"
+    path.write_text("a." * 50_000 + "b = 1")
+    with pytest.raises(UserError, match="keys of many parts"):
+        load_recipe(path)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
@@ -35,9 +36,12 @@ from smalllm.config import ModelConfig, RunConfig, UserError, load_recipe
 from smalllm.files import FileSystem, Piece
 from smalllm.model import GPT
 from smalllm.tokenizer import Tokenizer
+from smalllm.untrusted import content, opened, printable
 
 MANIFEST_VERSION = 1
 PAYLOAD = ("model.safetensors", "model.json", "optimizer.safetensors", "state.json")
+SMALL = 1 << 20
+"""Bytes at most of a manifest."""
 PIECE = 4 << 20
 """Bytes that are hashed and written, or read and hashed, at a time."""
 ROOM = 1.1
@@ -82,7 +86,8 @@ class Checkpoint:
         """The bytes of one file, equal to those that the manifest promises, or DamagedCheckpoint."""
         promised = self.manifest()["files"].get(name)
         try:
-            data = (self.path / name).read_bytes()
+            with opened(self.path / name) as file:
+                data = file.read()
         except OSError as error:
             raise DamagedCheckpoint(f"{self.path / name}: {error.strerror}") from None
         if promised is None or len(data) != promised["size"] or hashlib.sha256(data).hexdigest() != promised["sha256"]:
@@ -92,10 +97,12 @@ class Checkpoint:
     def manifest(self) -> dict[str, Any]:
         """Sizes and digests of the files; DamagedCheckpoint when they cannot be told."""
         try:
-            manifest = json.loads((self.path / "manifest.json").read_bytes())
+            manifest = json.loads(content(self.path / "manifest.json", SMALL))
             whole = {name: (record["size"], record["sha256"]) for name, record in manifest["files"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedCheckpoint(f"{self.path / 'manifest.json'} is missing or damaged") from None
+        if type(manifest.get("step")) is not int or type(manifest.get("version")) is not int:
+            raise DamagedCheckpoint(f"{self.path / 'manifest.json'} is missing or damaged")
         if manifest.get("version") != MANIFEST_VERSION or manifest.get("step") != self.step or not whole:
             raise DamagedCheckpoint(
                 f"{self.path / 'manifest.json'} is for step {manifest.get('step')}, version {manifest.get('version')};"
@@ -112,7 +119,7 @@ class Checkpoint:
     def _check(self, name: str, promised: Any) -> None:
         digest, size = hashlib.sha256(), 0
         try:
-            with open(self.path / name, "rb", buffering=0) as file:
+            with opened(self.path / name) as file:
                 while piece := file.read(PIECE):
                     digest.update(piece)
                     size += len(piece)
@@ -122,14 +129,30 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{self.path / name} is damaged: size or SHA-256 differs from its manifest.json")
 
     def state(self) -> dict[str, Any]:
-        return json.loads(self.read("state.json"))
+        return self._object("state.json")
 
     def model_config(self) -> ModelConfig:
         """The shape of the model; UserError when the file holds another thing."""
+        place = self.path / "model.json"
         try:
-            return ModelConfig.model_validate(json.loads(self.read("model.json"))["model"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{self.path / 'model.json'} does not describe a model: {error}") from None
+            config = ModelConfig.model_validate(self._object("model.json").get("model"))
+        except ValidationError as error:
+            reason = printable(error.errors()[0]["msg"])
+            raise UserError(f"{place} does not describe a model: {reason}; take another checkpoint") from None
+        if not config.vocab_size:
+            raise UserError(f"{place} does not describe a model: it has no vocabulary; take another checkpoint")
+        return config
+
+    def _object(self, name: str) -> dict[str, Any]:
+        """A JSON object; DamagedCheckpoint when the file is not one, even if its digest is right."""
+        data = self.read(name)
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise DamagedCheckpoint(f"{self.path / name} is not a JSON object")
+        return value
 
     def weights(self) -> dict[str, Tensor]:
         return self._tensors("model.safetensors")
@@ -141,7 +164,7 @@ class Checkpoint:
         try:
             return parse_safetensors(self.read(name))
         except SafetensorError as error:
-            raise DamagedCheckpoint(f"{self.path / name} is not a safetensors file: {error}") from None
+            raise DamagedCheckpoint(f"{self.path / name} is not a safetensors file: {printable(str(error))}") from None
 
     def load_model(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
         """The model in eval mode. Nothing is allocated before names and shapes are known to fit."""
@@ -413,6 +436,10 @@ class RunFolder:
             if checkpoint.step not in staying:
                 trash = _free_name(checkpoint.path.with_name(f".trash-{checkpoint.path.name}"))
                 self.files.rename(checkpoint.path, trash)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Delete what crashes and pruning left; only for who holds the lock."""
         for folder in (self.checkpoints_folder, self.milestones_folder):
             leftovers = [path for path in folder.glob(".t*-*") if path.name.startswith((".tmp-", ".trash-"))]
             if leftovers:
@@ -458,8 +485,10 @@ def find_run(target: str | Path | None = None, runs: Path = Path("runs")) -> tup
     if target is None:
         return RunFolder(_newest_run(runs)), None
     path = Path(target)
-    if "\0" in str(target):
-        raise UserError(f"{str(target)!r} is not a path")
+    try:
+        path.exists()
+    except (OSError, ValueError):  # NUL, 5,000 characters, what the file system cannot spell
+        raise UserError(f"{printable(str(target))!r} is not a path") from None
     if path.name.startswith("step-") and path.parent.name in ("checkpoints", "milestones"):
         return RunFolder(path.parent.parent), path.name.removeprefix("step-")
     if not path.is_dir() and (runs / path).is_dir() and not path.is_absolute() and ".." not in path.parts:
@@ -530,14 +559,21 @@ def _in_folder(folder: Path) -> list[Checkpoint]:
         names = os.listdir(folder)
     except OSError:
         return []
-    steps = [name for name in names if name.startswith("step-") and name[5:].isdigit()]
+    steps = [name for name in names if name.startswith("step-") and _is_step(name[5:])]
     return [Checkpoint(folder / name) for name in sorted(steps, key=lambda name: int(name[5:]))]
+
+
+def _is_step(digits: str) -> bool:
+    """Whether these are the digits of a step: not ² and not 5,000 of them, which ``isdigit`` takes."""
+    return digits.isascii() and digits.isdigit() and len(digits) < 16
 
 
 def _at_step(found: list[Checkpoint], which: str, path: Path) -> Checkpoint:
     steps = ", ".join(map(str, sorted({checkpoint.step for checkpoint in found}))) or "none yet"
-    if not which.isdigit():
-        raise UserError(f"--checkpoint {which} is neither best, latest nor a step; the steps of {path} are {steps}")
+    if not _is_step(which):
+        raise UserError(
+            f"--checkpoint {printable(which)} is neither best, latest nor a step; the steps of {path} are {steps}"
+        )
     for checkpoint in reversed(found):
         if checkpoint.step == int(which):
             return checkpoint
@@ -549,7 +585,7 @@ def _hinted_step(path: Path) -> int | None:
         digits = path.read_text(encoding="ascii").strip().removeprefix("step-")
     except (OSError, UnicodeDecodeError):
         return None
-    return int(digits) if digits.isdigit() and len(digits) < 16 else None
+    return int(digits) if _is_step(digits) else None
 
 
 def _free_name(path: Path) -> Path:

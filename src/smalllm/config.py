@@ -8,6 +8,7 @@ This module knows nothing about torch: ``smalllm --help`` and ``plan`` may read 
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -16,6 +17,8 @@ from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from smalllm.untrusted import content, printable
 
 
 class UserError(ValueError):
@@ -35,8 +38,10 @@ class ModelConfig(Section):
     layers: int = Field(6, ge=1, le=1024, description="transformer blocks")
     width: int = Field(384, ge=8, le=65536, description="size of the residual stream")
     heads: int = Field(6, ge=1, le=1024, description="attention heads; width / heads is the width of one")
-    kv_heads: int = Field(0, ge=0, description="key/value heads; 0: as many as heads (no grouping)")
-    mlp_width: int = Field(0, ge=0, description="hidden size of the MLP; 0: 4 x width, or 8/3 x width for swiglu")
+    kv_heads: int = Field(0, ge=0, le=1024, description="key/value heads; 0: as many as heads (no grouping)")
+    mlp_width: int = Field(
+        0, ge=0, le=1_048_576, description="hidden size of the MLP; 0: 4 x width, or 8/3 x width for swiglu"
+    )
     context: int = Field(256, ge=2, le=1_048_576, description="longest sequence, in tokens")
     vocab_size: int = Field(0, ge=0, le=1_048_576, description="0: that of the data")
     positions: Literal["rope", "learned"] = Field("rope", description="rotary, or a learned embedding per position")
@@ -289,12 +294,17 @@ def load_recipe(recipe: str | Path = "quickstart", overrides: Iterable[str] = ()
     return parse_config(settings)
 
 
+LARGEST_RECIPE = 1 << 20
+_DEEP_KEY = re.compile(r"""(?:^|[\n{,\[])[ \t]*(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){8}""")
+"""A key of more than eight parts: tomllib takes time and memory with the square of them (50,000: 30 s and 9.5 GB)."""
+
+
 def _read_toml(recipe: str | Path) -> dict[str, Any]:
     path = Path(recipe)
     if path.suffix == ".toml" or path.parent != Path("."):
         name = path.stem
         try:
-            text = path.read_text(encoding="utf-8")
+            text = content(path, LARGEST_RECIPE).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise UserError(
@@ -306,10 +316,12 @@ def _read_toml(recipe: str | Path) -> dict[str, Any]:
         raise UserError(
             f"no recipe is called {name!r}{_nearest(name, recipe_names())}; the recipes are {_listed(recipe_names())}"
         )
+    if _DEEP_KEY.search(text):
+        raise UserError(f"recipe {recipe} has keys of many parts and is no recipe; write [section] and key = value")
     try:
         settings = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"recipe {recipe} is not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"recipe {recipe} is not valid TOML: {printable(str(error))}") from None
     settings.setdefault("name", name)
     return settings
 
@@ -407,7 +419,7 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] == "extra_forbidden":
-        return f"there is no setting {key!r}{_nearest(key, setting_names())}"
+        return f"there is no setting {key[:80]!r}{_nearest(key[:80], setting_names())}"
     reason = problem["msg"].replace("Input should be", "it should be")
     return f"{key} = {_shown(problem['input'])} is not possible: {reason[0].lower() + reason[1:]}"
 

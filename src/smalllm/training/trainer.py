@@ -359,6 +359,7 @@ class Trainer:
     def begin(self) -> None:
         """Resume from the newest checkpoint that verifies, or check everything and start."""
         self.timer = Throughput(self.clock)
+        self.folder.sweep()
         checkpoint = self.folder.newest_valid(warn=self.display.note)
         if checkpoint is not None:
             self.resume(checkpoint)
