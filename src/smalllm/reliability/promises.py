@@ -357,7 +357,9 @@ def _whole(checkpoint: Checkpoint) -> bool:
 
 # ── T4: errors of the disk ──
 
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES)
+ERRORS = [(number, False) for number in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES)]
+ERRORS += [(errno.ENOSPC, True), (errno.EROFS, True)]
+"""What fails, and whether for good."""
 LIFE = 400
 """More events than a run of six steps has."""
 
@@ -388,10 +390,10 @@ class Notes:
 
 def _disk_error(number: int, folder: Path, given: Path) -> int:
     """The k-th change to the disk fails, once or for good. What was saved is whole, and a run with a mended disk ends as ever."""
-    at, kind = divmod(number, 2 * len(ERRORS))
+    at, kind = divmod(number, len(ERRORS))
     if at >= int((given / "events").read_text()):
         return 0
-    disk, notes = FailingDisk(at, ERRORS[kind // 2], for_good=kind % 2 == 1), Notes()
+    disk, notes = FailingDisk(at, *ERRORS[kind]), Notes()
     run, ended = folder / "run", False
     try:
         train(_shorter(given), run, disk, notes)
@@ -555,7 +557,7 @@ TRIALS = [
     Trial("T2", "a crash at any event of a save loses nothing that was saved", _crash, EVENTS * WAYS, EVENTS * WAYS,
           _set_up_crashes, together=20),
     Trial("T3", "a power cut at any event loses nothing that was announced", _power, 300, 5000, _set_up_power, together=50),
-    Trial("T4", "an error of the disk costs a checkpoint, not the run", _disk_error, 60, LIFE * 10, _set_up_errors,
+    Trial("T4", "an error of the disk costs a checkpoint, not the run", _disk_error, 60, LIFE * len(ERRORS), _set_up_errors,
           together=10),
     Trial("T5", "damage is noticed and named, and the checkpoint before is taken", _damage, 200, 2000, _set_up_damage,
           together=50),
