@@ -452,7 +452,7 @@ def test_a_failure_is_told_and_the_next_request_works(service, caplog):
 def test_a_full_queue_is_503_with_retry_after(run):
     with serving(run, slots=1, queue=0) as service, slow_steps(service, 0.02):
         threads = [
-            threading.Thread(target=complete, args=(service,), kwargs={"max_tokens": 20, "logit_bias": NEVER_END})
+            threading.Thread(target=complete, args=(service,), kwargs={"max_tokens": 100, "logit_bias": NEVER_END})
         ]
         threads[0].start()
         wait_until(lambda: active(service) == 1)

@@ -237,6 +237,16 @@ class Door(socket.socket):
             self._refuse(connection, answer)
         raise BlockingIOError
 
+    def refused(self, address: str) -> bool:
+        """Whether a text cannot be made now for who has just asked; if so, he is counted."""
+        if busy := self.busy(address):
+            self._count()
+        return busy
+
+    def _count(self) -> None:
+        if self.meters is not None:
+            self.meters.refused += 1
+
     def _in_vain(self, connection: socket.socket, address: str) -> bool:
         """Whether he asks for a text that cannot be made now. Who has not spoken yet is let in and told later."""
         try:
@@ -245,8 +255,7 @@ class Door(socket.socket):
             return False
 
     def _refuse(self, connection: socket.socket, answer: bytes) -> None:
-        if self.meters is not None:
-            self.meters.refused += 1
+        self._count()
         with connection, contextlib.suppress(OSError):  # gone already
             connection.send(answer)
             connection.shutdown(socket.SHUT_WR)
@@ -299,16 +308,16 @@ class Deadlines:
     connections: int = 1024
 
 
-def guarded_protocol(deadlines: Deadlines, busy: Callable[[str], bool]) -> type[H11Protocol]:
+def guarded_protocol(deadlines: Deadlines, door: Door) -> type[H11Protocol]:
     """uvicorn makes protocols itself, from a class."""
-    return type("GuardedProtocol", (GuardedProtocol,), {"deadlines": deadlines, "busy": staticmethod(busy)})
+    return type("GuardedProtocol", (GuardedProtocol,), {"deadlines": deadlines, "refused": staticmethod(door.refused)})
 
 
 class GuardedProtocol(H11Protocol):
     """A connection that cannot be held open by doing nothing."""
 
     deadlines = Deadlines()
-    busy: Callable[[str], bool] = staticmethod(lambda address: False)
+    refused: Callable[[str], bool] = staticmethod(lambda address: False)
     _phase: str | None = None
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
@@ -321,7 +330,7 @@ class GuardedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, and look what the client owes now."""
-        if self.cycle is None and data.startswith(TEXT_REQUEST) and self.client and self.busy(self.client[0]):
+        if self.cycle is None and self.client and data.startswith(TEXT_REQUEST) and self.refused(self.client[0]):
             self.transport.write(BUSY)
             self.transport.close()
         if not self.transport.is_closing():

@@ -429,7 +429,7 @@ class Service:
         self.socket.limit, self.socket.meters, self.socket.busy = self._guests(), self.meters, self.engine.busy
         self.routes = Routes(self.engine, self.models, self.meters, page_files())
         config = uvicorn.Config(
-            self._app(), http=guarded_protocol(settings.deadlines, self.engine.busy), ws="none", lifespan="off", log_config=None,
+            self._app(), http=guarded_protocol(settings.deadlines, self.socket), ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, backlog=BACKLOG, timeout_keep_alive=settings.deadlines.idle,  # type: ignore[arg-type]
              timeout_graceful_shutdown=2,
         )  # fmt: skip
