@@ -223,16 +223,17 @@ def line(record: Record) -> str:
 def closing(console: Console, summary: Summary) -> None:
     """How it went, a whole story, the curve, and what to do next."""
     run = Path(summary.run)
-    console.print(Text(f"\n{outcome(summary)}"), soft_wrap=True)
+    console.print(Text(plain(f"\n{outcome(summary)}")), soft_wrap=True)
     if summary.stopped_because.startswith("SIG"):
         console.print(
-            Text(f"The run is saved; go on with the same command, or read: {PROGRAM} sample {run}"), soft_wrap=True
+            Text(plain(f"The run is saved; go on with the same command, or read: {PROGRAM} sample {run}")),
+            soft_wrap=True,
         )
         return
     console.print(Text(f"\n{last_story(run)}\n"), soft_wrap=False)
-    console.print(Text(f"The curve is in {draw(run)}"), soft_wrap=True)
+    console.print(Text(plain(f"The curve is in {draw(run)}")), soft_wrap=True)
     console.print(
-        Text(f"Next: {PROGRAM} chat {run}     (more stories: {PROGRAM} sample {run} --count 3)"), soft_wrap=True
+        Text(plain(f"Next: {PROGRAM} chat {run}     (more stories: {PROGRAM} sample {run} --count 3)")), soft_wrap=True
     )
 
 

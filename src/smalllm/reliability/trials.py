@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,26 @@ def _watch(
     """Start a process for each group, so many at a time; end those that take too long; gather what they say."""
     waiting = list(reversed(groups))
     running: list[_Process] = []
+    with _ended(running):
+        _work_off(outcome, waiting, running, workers, seconds, reports, attempt)
+
+
+@contextmanager
+def _ended(running: list[_Process]) -> Iterator[None]:
+    """However this ends, by Ctrl-C or SIGTERM too, no process of a case goes on."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in running:
+            _end_group(process.pid)
+
+
+def _work_off(
+    outcome: Outcome, waiting: list[Sequence[int]], running: list[_Process], workers: int, seconds: float, reports: Path,
+    attempt: Callable[[int], int | None],
+) -> None:  # fmt: skip
     while waiting or running:
         while waiting and len(running) < workers:
             running.append(_start(waiting.pop(), seconds, reports, attempt))
@@ -138,6 +159,7 @@ def _start(cases: Sequence[int], seconds: float, reports: Path, attempt: Callabl
     if pid:
         return _Process(pid, cases, report, time.monotonic() + seconds)
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)  # what a case starts ends with it
         with open(report, "a", encoding="utf-8", buffering=1) as file:
             _silence(report.with_suffix(".log"))
