@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # two test processes share two cores, and bits depend 
 def native() -> None:
     """Skips a test that needs native code where there is none: no compiler, not Linux, or switched off."""
     try:
-        for name in ("kernels", "words", "decode"):
+        for name in ("kernels", "words", "suffixes", "decode"):
             build.load(name)
     except build.Unavailable as error:
         pytest.skip(str(error))
