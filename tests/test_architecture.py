@@ -16,15 +16,15 @@ SOURCE = ROOT / "src" / "smalllm"
 
 # A module imports only what stands before it. docs/architecture.md shows the same list.
 ORDER = [
-    "terminal", "untrusted", "files", "config", "hardware", "native.build", "native.words", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
+    "terminal", "untrusted", "files", "config", "hardware", "native.build", "native.words", "native.suffixes", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
     "data.shards", "data.duplicates", "data.storyworld", "data.sources", "data.prepare", "data.batches", "ngrams",
-    "decoder", "generation", "evaluation", "preflight",
-    "training.schedule", "training.optimizer", "training.objectives", "training.guards", "training.saver", "training.trainer",
+    "decoder", "generation", "evaluation", "comparison", "sides", "contest", "novelty", "characters", "scorecard", "judge", "minimal_pairs", "harness", "preflight",
+    "training.schedule", "training.optimizer", "training.objectives", "training.guards", "training.alarm", "training.saver", "training.trainer",
     "export.destination", "export.card", "export.names", "export.pieces", "export.huggingface_config", "export.fast_tokenizer", "export.huggingface", "export.gguf", "export.llamacpp", "export.certificate", "export.hub", "export.llama2c", "export.html",
     "reliability.trials", "reliability.disks", "reliability.promises",
-    "plots", "api",
+    "plots", "reporting.dossier", "reporting.wording", "reporting.markup", "reporting.chart", "reporting.html", "reporting.markdown", "api",
     "serve.protocol", "serve.meters", "serve.models", "serve.engine", "serve.report", "serve.guard", "serve.server",
-    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.plot", "commands.bench", "commands.doctor",
+    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.compare", "commands.report", "commands.plot", "commands.bench", "commands.doctor",
     "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
@@ -37,6 +37,8 @@ OWNERS = {
     "gguf": {"export.gguf"},
     "xllamacpp": {"export.llamacpp"},
     "transformers": {"export.certificate"},
+    "lm_eval": {"harness"},
+    "httpx2": {"judge"},
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),

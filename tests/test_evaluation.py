@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_generation import save_run
+from test_judge import Canned, listening, said
 from torch import Tensor
 
 from smalllm import cli
@@ -23,11 +25,9 @@ from smalllm.evaluation import (
     bits_per_byte,
     bootstrap_interval,
     score_documents,
-    scorecard,
     storyworld_floor,
     windows,
 )
-from smalllm.generation import Completion
 from smalllm.model import GPT
 from smalllm.tokenizer import Tokenizer
 
@@ -211,35 +211,6 @@ def test_figures_are_the_keys_of_the_contract() -> None:
     }  # fmt: skip
 
 
-def test_scorecard_by_hand() -> None:
-    stories = [
-        Completion("", "One two three four. One two three four!", 9, "stop", 0.1),
-        Completion("The cat", " sat.", 2, "length", 0.1),
-    ]
-    card = scorecard(stories, of_storyworld=False)
-    # 8 words hold 5 four-word sequences, the last of which is the first again; 3 words hold none.
-    assert card == {
-        "count": 2,
-        "ended": 0.5,
-        "mean_words": 5.5,
-        "distinct_words": 7,
-        "repeated_4grams": pytest.approx(0.1),
-    }
-
-
-def test_scorecard_of_the_story_world() -> None:
-    first, second = storyworld.stories(seed=3, count=2)
-    told = [
-        Completion("", first, 9, "stop", 0.1),
-        Completion(second[:20], second[20:], 9, "stop", 0.1),
-        Completion("", second[:-30], 9, "length", 0.1),
-        Completion("", "Nonsense.", 2, "stop", 0.1),
-    ]
-    card = scorecard(told, of_storyworld=True)
-    assert (card["count"], card["ended"], card["consistent"], card["parsed"]) == (4, 0.75, 0.5, 0.5)
-    assert card["violations"] == {"grammar": 2}
-
-
 def test_the_floor_is_known_for_the_story_world_only() -> None:
     texts = list(storyworld.stories(seed=3, count=5))
     assert storyworld_floor(texts) == storyworld.entropy_bits_per_byte(texts)
@@ -269,7 +240,12 @@ def test_evaluate_scores_the_validation_documents(
     assert result["tokens"] == valid["tokens"] - valid["documents"]
     low, high = result["bits_per_byte_interval"]
     assert 0 < result["floor_bits_per_byte"] < low < result["bits_per_byte"] < high
-    assert result["stories"]["count"] == 3 and result["stories"]["consistent"] == 0.0
+    card = result["stories"]
+    assert card["count"] == 3 and card["consistent"] == 0.0 and card["violations"] == {"grammar": 3}
+    assert card["intervals"]["ended"][0] <= card["ended"] <= card["intervals"]["ended"][1]
+    assert card["copied_tokens"] > 0 and card["searched_share"] == 1.0
+    assert card["data"]["count"] == valid["documents"] and card["data"]["copied_tokens"] > card["copied_tokens"]
+    assert "consistent" not in card["data"] and "judge" not in card and "pairs" not in result
 
 
 def test_evaluate_scores_a_file_of_documents(
@@ -297,10 +273,51 @@ def test_evaluate_prints_a_table(run_folder: Path, capsys: pytest.CaptureFixture
         "95 % interval",
         "floor",
         "2 documents",
-        "stories: consistent",
+        "1 stories",
+        "consistent",
         "grammar 1",
     ):
         assert words in printed
+
+
+def test_stories_begin_with_prompts_of_a_file(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("A purple dragon\n\nOne day\n", encoding="utf-8")
+    options = ["--limit", "1", "--max-tokens", "5", "--no-novelty"]
+    card = evaluated(capsys, str(run_folder), "--prompts", str(tmp_path / "prompts.txt"), *options)["stories"]
+    assert card["count"] == 2 and card["prompt_followed"] == 0.0 and "copied_tokens" not in card
+    (tmp_path / "prompts.txt").write_text("\n", encoding="utf-8")
+    assert cli.run(["evaluate", str(run_folder), "--prompts", str(tmp_path / "prompts.txt")]) == 1
+    assert "write one prompt a line" in capsys.readouterr().err
+
+
+def test_a_run_without_its_data_is_told_without_what_needs_it(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = (run_folder / "config.toml").read_text(encoding="utf-8")
+    (run_folder / "config.toml").write_text(re.sub(r'(?m)^path = ".*"$', 'path = "gone"', settings), encoding="utf-8")
+    (tmp_path / "some.txt").write_text("Another one.\n", encoding="utf-8")
+    card = evaluated(
+        capsys, str(run_folder), "--text", str(tmp_path / "some.txt"), "--stories", "2", "--max-tokens", "5"
+    )["stories"]
+    assert card["count"] == 2 and not {"data", "copied_tokens", "consistent", "commonest_name"} & card.keys()
+
+
+def test_evaluate_asks_the_judge_and_the_pairs(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    canned = Canned(said('{"grammar": 2, "creativity": 4, "consistency": 3, "plot": 1}'))
+    options = ["--limit", "1", "--stories", "2", "--max-tokens", "5", "--no-novelty", "--judge-model", "big", "--pairs"]
+    with listening(canned) as url:
+        result = evaluated(capsys, str(run_folder), *options, "--judge", url)
+        assert result["stories"]["judge"]["grammar"] == 2.0 and result["stories"]["judge"]["asked"] == 2
+        assert (run_folder / "judge.jsonl").exists()
+        assert cli.run(["evaluate", str(run_folder), *options, "--judge", url]) == 0
+    printed = capsys.readouterr().out
+    assert len(canned.requests) == 2
+    assert "2 stories graded 1 to 10 by big" in printed and "consistency" in printed and "agreement" in printed
+    assert (
+        result["pairs"].keys() == {"agreement", "pronoun", "ending", "all"} and result["pairs"]["all"]["count"] == 600
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,6 +327,10 @@ def test_evaluate_prints_a_table(run_folder: Path, capsys: pytest.CaptureFixture
         (["--stories", "-1"], "stories = -1 is not possible; use 0 or more"),
         (["--limit", "0"], "limit = 0 is not possible; use 1 or more"),
         (["--checkpoint", "best?"], "best?"),
+        (["--judge", "http://127.0.0.1:9/v1"], "judge needs stories to grade; add --stories 50"),
+        (["--judge-model", "big"], "judge_model = big has no address; add --judge URL"),
+        (["--stories", "1", "--judge", "nowhere"], "judge = nowhere is no address"),
+        (["--prompts", "none.txt"], "prompts = none.txt cannot be read"),
     ],
 )
 def test_mistakes_are_sentences(

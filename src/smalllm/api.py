@@ -19,6 +19,7 @@ from smalllm.config import UserError, load_recipe
 from smalllm.decoder import Weights
 from smalllm.evaluation import evaluate_run
 from smalllm.generation import Completion, Generator, SamplingParams
+from smalllm.scorecard import STORY_SAMPLING, score_run, tell
 from smalllm.training.trainer import Summary
 from smalllm.training.trainer import train as train_run
 
@@ -130,4 +131,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """What ``smalllm evaluate --json`` prints. ``text`` is a source of documents such as a file; left out, the validation
     documents of the run's data."""
-    return evaluate_run(open_run(run, checkpoint), text=text, stories=stories)
+    loaded = open_run(run, checkpoint)
+    result = evaluate_run(loaded, text=text)
+    if stories:
+        of_storyworld = "floor_bits_per_byte" in result
+        result["stories"] = score_run(loaded, tell(loaded, stories, STORY_SAMPLING), of_storyworld=of_storyworld)
+    return result

@@ -1,4 +1,4 @@
-"""How good a model is: bits per byte with its interval, and a scorecard of the stories that it tells.
+"""How well a model knows a text: bits per byte with its interval.
 
 Bits per byte does not depend on the tokenizer: every document is scored on its own from the begin-of-document token;
 all its tokens and the end-of-text token count; a document longer than the context is scored in windows that advance
@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,7 +25,6 @@ from smalllm.config import UserError
 from smalllm.data import storyworld
 from smalllm.data.shards import TokenDataset
 from smalllm.data.sources import documents as read_documents
-from smalllm.generation import Completion, Generator, SamplingParams
 from smalllm.model import GPT
 from smalllm.tokenizer import Tokenizer
 
@@ -35,7 +32,6 @@ BATCH_TOKENS = 4096  # positions of a forward pass, padding included
 LOGITS_AT_ONCE = 1 << 23  # float32 logits that exist at once: 32 MB
 RESAMPLES = 1000
 DRAWS_AT_ONCE = 1 << 20  # indices that the bootstrap holds at once: 8 MB
-STORY_SAMPLING = SamplingParams(max_tokens=1000, seed=0)
 
 
 @dataclass(frozen=True)
@@ -209,7 +205,7 @@ def _losses(model: GPT, weight: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-# ── stories ──
+# ── a run ──
 
 
 def storyworld_floor(texts: Sequence[str]) -> float | None:
@@ -221,61 +217,12 @@ def storyworld_floor(texts: Sequence[str]) -> float | None:
         return None
 
 
-def scorecard(stories: Sequence[Completion], *, of_storyworld: bool) -> dict[str, Any]:
-    """The state of told stories, prompt included, as plain figures; shares lie in [0, 1].
-
-    Always count, ended (at the end of text), mean_words, distinct_words, repeated_4grams (the mean over stories of the
-    share of 4-word sequences that the story has said before). For the built-in corpus also what its checker says:
-    consistent, parsed, and violations by kind.
-    """
-    texts = [story.prompt + story.text for story in stories]
-    words = [re.findall(r"[\w']+", text.lower()) for text in texts]
-    card = {
-        "count": len(stories),
-        "ended": _mean([story.finish_reason == "stop" for story in stories]),
-        "mean_words": _mean([len(story) for story in words]),
-        "distinct_words": len({word for story in words for word in story}),
-        "repeated_4grams": _mean([_repeated(story, 4) for story in words]),
-    }
-    return card | _consistency(texts) if of_storyworld else card
-
-
-def _consistency(texts: Sequence[str]) -> dict[str, Any]:
-    reports = [storyworld.check(text) for text in texts]
-    kinds = Counter(violation.kind for report in reports for violation in report.violations)
-    return {
-        "consistent": _mean([report.consistent for report in reports]),
-        "parsed": _mean([report.parses for report in reports]),
-        "violations": dict(kinds.most_common()),
-    }
-
-
-def _repeated(words: Sequence[str], n: int) -> float:
-    """Share of the n-grams of a text that stood in it before."""
-    ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-# ── a run ──
-
-
-def evaluate_run(
-    run: LoadedRun,
-    *,
-    text: str | None = None,
-    limit: int | None = None,
-    stories: int = 0,
-    sampling: SamplingParams = STORY_SAMPLING,
-) -> dict[str, Any]:
-    """The object that ``smalllm evaluate --json`` prints.
+def evaluate_run(run: LoadedRun, *, text: str | None = None, limit: int | None = None) -> dict[str, Any]:
+    """The figures that ``smalllm evaluate --json`` prints about a text.
 
     ``text`` is a source of documents, by default the validation split of the run's data; ``limit`` takes the first
-    documents only. With ``stories`` the model tells so many, each from the begin token alone, for the scorecard.
-    For the built-in corpus ``floor_bits_per_byte`` is what the exact distribution scores on the same documents.
+    documents only. For the built-in corpus ``floor_bits_per_byte`` is what the exact distribution scores on the same
+    documents.
     """
     texts = list(read_documents(text, limit=limit)) if text is not None else validation_texts(run, limit)
     evaluation = bits_per_byte(run.model, run.tokenizer, texts)
@@ -283,13 +230,9 @@ def evaluate_run(
         raise UserError(
             f"the loss of {run.checkpoint.path} is {evaluation.loss}; its weights are broken, use another one"
         )
-    result = {"step": run.step, **evaluation.figures()}
-    if (floor := storyworld_floor(texts)) is not None:
-        result["floor_bits_per_byte"] = floor
-    if stories:
-        told = Generator(run.model, run.tokenizer).batch([""] * stories, sampling)
-        result["stories"] = scorecard(told, of_storyworld=floor is not None or trained_on_storyworld(run))
-    return result
+    floor = storyworld_floor(texts)
+    known = {} if floor is None else {"floor_bits_per_byte": floor}
+    return {"step": run.step, **evaluation.figures(), **known}
 
 
 def trained_on_storyworld(run: LoadedRun) -> bool:
