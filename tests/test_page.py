@@ -366,6 +366,15 @@ def test_curves_are_drawn_and_grow_with_the_run(visit, run_folder):
     expect(opened["#samples b"].first).to_have_text("Step 12")
 
 
+def test_what_counting_reaches_is_drawn_above_the_least_that_is_possible(visit):
+    opened = visit()
+    opened.open("training")
+    expect(opened["#chart-loss .mark-line"]).to_have_count(3)
+    assert opened["#chart-loss .mark-name"].all_text_contents() == ["a unigram", "a bigram", "a 5-gram"]
+    heights = [float(line.get_attribute("y1")) for line in opened["#chart-loss .mark-line"].all()]
+    assert heights == sorted(heights) and heights[-1] < float(opened["#chart-loss .floor"].get_attribute("y1"))
+
+
 def test_curves_can_be_read_by_keys_and_over_time(visit):
     opened = visit()
     opened.open("training")

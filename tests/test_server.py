@@ -655,7 +655,7 @@ def test_the_state_of_the_run(service, run):
     state = request(service, "GET", "/run").json()
     wanted = {"name": "tale", "step": 4, "steps": [3, 4], "training": False, "context": CONTEXT, "has_turns": False}
     assert wanted.items() <= state.items()
-    assert {"vocab_size", "parameters", "floor_bits_per_byte", "minutes", "total_steps"} <= state.keys()
+    assert {"vocab_size", "parameters", "floor_bits_per_byte", "floors", "minutes", "total_steps"} <= state.keys()
     folder = RunFolder(run)
     folder.lock()
     assert request(service, "GET", "/run").json()["training"] is True

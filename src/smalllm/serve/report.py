@@ -40,7 +40,7 @@ class RunReport:
             "training": self._folder.is_locked(),
             "context": run.model.config.context, "vocab_size": run.model.config.vocab_size,
             "parameters": run.model.parameters_count(), "has_turns": has_turns(run.tokenizer),
-            "floor_bits_per_byte": self._floor, "minutes": train.minutes,
+            "floor_bits_per_byte": self._floor, "floors": training.get("floors", []), "minutes": train.minutes,
             "total_steps": training.get("plan", {}).get("steps") or train.steps or None,
         }  # fmt: skip
 

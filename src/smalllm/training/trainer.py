@@ -42,6 +42,7 @@ from smalllm.generation import Generator, SamplingParams
 from smalllm.metrics import Display, MetricsLog, Record, Silence, Sinks, Throughput, json_safe, model_flops_utilization
 from smalllm.model import GPT
 from smalllm.native import build
+from smalllm.ngrams import Floor, Floors, floors
 from smalllm.preflight import preflight, require
 from smalllm.runtime import (
     Execution,
@@ -54,6 +55,7 @@ from smalllm.runtime import (
     seed_everything,
     set_deterministic,
 )  # fmt: skip
+from smalllm.training.alarm import Alarm, zero_share
 from smalllm.training.guards import SpikeGuard, failure_report, gradient_norms
 from smalllm.training.objectives import cross_entropy_sum
 from smalllm.training.optimizer import Optimizer
@@ -105,6 +107,10 @@ class State:
     timer: dict[str, Any] = field(default_factory=dict)
     evaluation_seconds: float = 0.0
     stopping: str = ""
+    floors: list[dict[str, Any]] = field(default_factory=list)
+    """n-gram models on the validation documents of this run: name, loss, bits_per_byte; and the best that was beaten."""
+    beaten: str = ""
+    alarm: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
@@ -190,6 +196,8 @@ class Trainer:
         self.micro_batch, self.model.recompute = fit.micro_batch, fit.recompute
         self.state = State(plan=Plan(train.steps or UNPLANNED))
         self.spikes = SpikeGuard(train.spike_sigmas)
+        self.floors: Floors | None = None
+        self.alarm = self.make_alarm()
         self.log_file = MetricsLog(folder.metrics_file, folder.files)
         self.sample_file = MetricsLog(folder.samples_file, folder.files)
         self.saver = Saver(folder, train.keep, (self.log_file, self.sample_file))
@@ -202,6 +210,7 @@ class Trainer:
     def fit(self) -> Summary:
         """Train to the end of the plan, or until stopped; returns how it went. The last checkpoint is always written."""
         with self._signals(), contextlib.closing(self.prefetch), self._reported():
+            self.count_floors()
             self.begin()
             while not self.finished():
                 self.step()
@@ -243,6 +252,7 @@ class Trainer:
             state.window_tokens += tokens
         if self.scaler is not None:
             self.scaler.update()
+        self.listen(loss, lr)
         self.optimizer.zero_grad()
         state.step += 1
         state.tokens += tokens
@@ -354,7 +364,25 @@ class Trainer:
         self.optimizer.zero_grad()
         self.display.note(f"back to step {state.step}; the data of the {step + 1 - state.step} steps since is left out")
 
+    def listen(self, loss: float, lr: float) -> None:
+        """Say it when the run is behind what a healthy one has learned by now. Only looks."""
+        step = self.state.step + 1
+        progress = self.state.plan.progress(step) if self.state.plan.steps < UNPLANNED else 0.0
+        for words in self.alarm.hear(step, loss, lr / self.config.optim.lr, progress, lambda: zero_share(self.model)):
+            self.display.note(words)
+
     # ── beginning and end ──
+
+    def count_floors(self) -> None:
+        """Learn what counting n-grams predicts of this data; the second that it takes once is not training time."""
+        began = self.clock()
+        self.floors = floors(self.dataset)
+        self.state.floors = [dataclasses.asdict(floor) for floor in self.floors.on()] if self.floors else []
+        self.alarm = self.make_alarm()
+        self.started += self.clock() - began
+
+    def make_alarm(self) -> Alarm:
+        return Alarm(self.floors.on() if self.floors else [], self.runtime.precision, self.config.optim.lr)
 
     def begin(self) -> None:
         """Resume from the newest checkpoint that verifies, or check everything and start."""
@@ -449,6 +477,7 @@ class Trainer:
             self.scaler.load_state_dict(stored["scaler"])
         self.state, self.record = State.from_json(stored["training"]), stored["record"]
         self.spikes.restore(self.state.spike_window)
+        self.alarm.restore(self.state.alarm)
         if self.state.timer:
             self.timer.restore(self.state.timer)
 
@@ -667,8 +696,9 @@ class Trainer:
     def snapshot(self) -> Snapshot:
         """All that training needs to go on from here."""
         state = dataclasses.replace(
-            self.state, seconds=self.seconds(), spike_window=self.spikes.to_json(), timer=self.timer.to_json()
-        )
+            self.state, seconds=self.seconds(), spike_window=self.spikes.to_json(), timer=self.timer.to_json(),
+            alarm=self.alarm.to_json(),
+        )  # fmt: skip
         return Snapshot(
             step=state.step, model=self.config.model, weights=model_weights(self.model),
             optimizer=self.optimizer.state_tensors(),
@@ -683,8 +713,9 @@ class Trainer:
     def validate(self) -> None:
         """Score the validation set, tell a story, note whether this is the best so far."""
         state, began = self.state, self.clock()
+        documents = self._validation_documents()
         try:
-            evaluation = self.evaluate(self._validation_documents())
+            evaluation = self.evaluate(documents)
         except _Interrupted:
             return  # it is still due, and the first thing that the next session does
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -704,10 +735,28 @@ class Trainer:
             state.evaluations_without_gain += 1
         state.evaluation_due = False
         self.show()
+        self.compare_with_floors(evaluation.bits_per_byte, len(documents))
         self.sample()
         self.state.evaluation_seconds = self.clock() - began
         if 0 < self.config.train.patience <= state.evaluations_without_gain and not state.stopping:
             self.stop_early()
+
+    def compare_with_floors(self, bits_per_byte: float, documents: int) -> None:
+        """Say it when the model is better than a larger n-gram model than before, on the same documents."""
+        found: list[Floor] = self.floors.on(documents) if self.floors else []
+        self.state.floors = [dataclasses.asdict(floor) for floor in found]
+        names = [floor.name for floor in found]
+        beaten = [floor for floor in found if bits_per_byte < floor.bits_per_byte]
+        before = names.index(self.state.beaten) if self.state.beaten in names else -1
+        if not beaten or names.index((best := beaten[-1]).name) <= before:
+            return
+        self.state.beaten = best.name
+        counted = (
+            ""
+            if self.floors is None or self.floors.whole
+            else f" of {self.floors.train_tokens / 1e6:.1f}M training tokens"
+        )
+        self.display.note(f"now better than a {best.name}{counted} ({best.bits_per_byte:.2f} bits per byte)")
 
     def stop_early(self) -> None:
         """Out of patience: a schedule with a cooldown goes through it first, since most of the gain comes there."""

@@ -35,7 +35,8 @@ export class Chart {
     new ResizeObserver(() => this.#draw()).observe(this.#plot);
   }
 
-  /** {x: [from, to], xShow, xTicks, y: [from, to], yShow, lines: [{name, kind, points: [[x, y]], dots}], floor: {y, name} | null} */
+  /** {x: [from, to], xShow, xTicks, y: [from, to], yShow, lines: [{name, kind, points: [[x, y]], dots}], floor: {y, name} | null,
+   *  marks: [{y, name}]}; a mark is a thin line across, drawn where it lies inside */
   set(data) {
     this.#data = data;
     this.#draw(true);
@@ -52,14 +53,15 @@ export class Chart {
     const width = this.#plot.clientWidth;
     if (!this.#data || width === 0 || (!changed && width === this.#size[0])) return;
     this.#size = [width, this.height];
-    const { x, y, lines, floor } = this.#data;
+    const { x, y, lines, floor, marks = [] } = this.#data;
     this.#svg.setAttribute("viewBox", `0 0 ${width} ${this.height}`);
     this.#plot.setAttribute("aria-valuemin", x[0]);
     this.#plot.setAttribute("aria-valuemax", x[1]);
     this.#plot.setAttribute("aria-valuenow", this.#cursor ?? x[1]);
     const inside = shape("svg", { x: LEFT, y: 0, width: width - LEFT, height: this.height - BOTTOM + 4, class: "inside", viewBox: `${LEFT} 0 ${width - LEFT} ${this.height - BOTTOM + 4}` });
     for (const line of lines) inside.append(...this.#line(line));
-    const parts = [...this.#grid(), ...(floor && floor.y >= y[0] && floor.y <= y[1] ? this.#floor(floor) : []), inside, this.#marks];
+    const seen = marks.filter((mark) => mark.y >= y[0] && mark.y <= y[1]);
+    const parts = [...this.#grid(), ...seen.flatMap((mark) => this.#mark(mark)), ...(floor && floor.y >= y[0] && floor.y <= y[1] ? this.#floor(floor) : []), inside, this.#marks];
     this.#svg.replaceChildren(...parts);
     this.#point();
   }
@@ -80,6 +82,14 @@ export class Chart {
     return [
       shape("line", { class: "floor", x1: LEFT, x2: width - RIGHT, y1: this.#y(y), y2: this.#y(y) }),
       text(LEFT + 4, this.#y(y) + 13, "start", name, "floor-name"),
+    ];
+  }
+
+  #mark({ y, name }) {
+    const [width] = this.#size;
+    return [
+      shape("line", { class: "mark-line", x1: LEFT, x2: width - RIGHT, y1: this.#y(y), y2: this.#y(y) }),
+      text(width - RIGHT - 4, this.#y(y) - 4, "end", name, "mark-name"),
     ];
   }
 

@@ -152,11 +152,12 @@ function lossLines(rows, x) {
   const train = points_(rows, "train_loss", factor ?? 1);
   const valid = judged.map((row) => [axis.of(row), row.valid_bits_per_byte]);
   const floor = factor && run.info?.floor_bits_per_byte ? { y: run.info.floor_bits_per_byte, name: "the least that is possible" } : null;
+  const marks = factor ? (run.info?.floors ?? []).map(({ name, bits_per_byte: y }) => ({ y, name: `a ${name}` })) : [];
   const show = (y) => y.toFixed(3);
   const unit = factor ? "bits per byte" : "nats per token";
   const lines = [{ name: factor ? "while training" : `training loss, ${unit}`, kind: "train", points: train, show }];
   if (valid.length) lines.push({ name: `on unseen text, ${unit}`, kind: "valid", points: valid, dots: true, show });
-  return { y: lossRange([...train, ...valid], x, floor), yShow: (y) => String(Number(y.toPrecision(3))), lines, floor };
+  return { y: lossRange([...train, ...valid], x, floor), yShow: (y) => String(Number(y.toPrecision(3))), lines, floor, marks };
 }
 
 /** The first steps fall from so high that nothing else could be seen; unless asked for, they leave at the top. */
