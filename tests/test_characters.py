@@ -17,6 +17,7 @@ GOOD = [
     "There was a bird named Blue. Blue sang. She was happy. Then Blue met Red. Red was sad. He wanted to sing too. Blue sang with Red.",
     "One day, a girl named Amy went out. In the park she met Tom. Amy and Tom played. Tom went home. Amy waved to Tom.",
     "There was a cat named Moss. Then a girl named Zoe came. Zoe smiled. The cat came to Zoe.",
+    "There was a girl named Mia. Mia ran home. There she saw Zoe.",
     "Mom called Tom. He came. Mom smiled. She was glad.",
 ]
 LOST = [

@@ -11,11 +11,13 @@ import pytest
 from conftest import tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
+from test_generation import save_run
 
 from smalllm.checkpoint import open_run
 from smalllm.config import UserError
 from smalllm.data import storyworld
 from smalllm.data.prepare import prepare
+from smalllm.data.shards import TokenDataset
 from smalllm.generation import Completion, SamplingParams
 from smalllm.novelty import Copy
 from smalllm.scorecard import (
@@ -199,9 +201,16 @@ def test_a_model_that_has_learned_by_heart_is_seen_to_copy(tmp_path: Path):
     assert card["searched_share"] == 1.0 and "copied_tokens" not in score_run(run, told, novelty=False)
 
 
-def test_prompts_are_taken_in_turn(tmp_path: Path, dataset_folder: Path):
-    from test_generation import save_run
+def test_a_prompt_of_the_training_data_is_not_a_copy_of_the_model(tmp_path: Path, dataset_folder: Path):
+    run = open_run(save_run(tmp_path / "run", tiny_settings(dataset_folder), step=1))
+    ids = next(TokenDataset.open(dataset_folder).train.iterate_documents())
+    given = run.tokenizer.decode(ids.tolist())
+    card = score_run(run, [Completion(given, " Xyzzy qwfp zxcv!", 9, "stop", 0.1)])
+    assert card["copied_tokens"] < 20 and not card["copied_over_50"]
+    assert score_run(run, [Completion("", given, 9, "stop", 0.1)])["copied_tokens"] == len(ids) - 2
 
+
+def test_prompts_are_taken_in_turn(tmp_path: Path, dataset_folder: Path):
     run = open_run(save_run(tmp_path / "run", tiny_settings(dataset_folder), step=1))
     told = tell(run, 3, SamplingParams(max_tokens=3, seed=0), ["One day", "The fox"])
     assert [story.prompt for story in told] == ["One day", "The fox", "One day"]
