@@ -20,6 +20,8 @@ VERBS = {
     "chat": "Tell stories together with a model, also while it trains.",
     "serve": "Serve a model over HTTP, as OpenAI's clients expect it, with a page.",
     "evaluate": "Measure a model in bits per byte, with an interval.",
+    "compare": "Tell whether the difference between runs is real.",
+    "report": "Write a page about runs: curves, scores, stories, settings.",
     "export": "Write a model for transformers, llama.cpp, llama2.c or a browser, with proof.",
     "import": "Make a run of a model of another program.",
     "plot": "Draw loss and learning rate of runs.",

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from smalllm.checkpoint import RunFolder
 from smalllm.config import UserError
+from smalllm.evaluation import storyworld_floor
 from smalllm.metrics import Record, read_records
+from smalllm.sides import entrant, first_validation
 
 INK, FAINT, GRID = "#1f2933", "#9aa5b1", "#e4e7eb"
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
+FLOOR_DOCUMENTS = 200
+Axis = Literal["step", "tokens", "time"]
+AXES: dict[Axis, tuple[str, str, float]] = {
+    "step": ("step", "step", 1.0), "tokens": ("tokens", "tokens", 1.0), "time": ("minutes", "seconds", 1 / 60),
+}  # fmt: skip
+"""What may stand below a curve: its name, the key of a record, and the factor between them."""
 
 
-def series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the records that have the key."""
-    pairs = [(record["step"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+def axis(name: str) -> Axis:
+    """The axis of this name; UserError for another."""
+    for known in get_args(Axis):
+        if name == known:
+            return known
+    raise UserError(f"--x {name} is not known; use {', '.join(get_args(Axis))}")
+
+
+def series(records: Sequence[Record], key: str, x: Axis = "step") -> tuple[list[float], list[float]]:
+    """Places on the axis and values of the records that have both.
+
+    >>> series([{"step": 1, "lr": 0.5, "seconds": 90}, {"step": 2}], "lr", "time")
+    ([1.5], [0.5])
+    """
+    _, place, factor = AXES[x]
+    pairs = [
+        (record[place] * factor, record[key]) for record in records if _number(record, place) and _number(record, key)
+    ]
     return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _number(record: Record, key: str) -> bool:
+    return isinstance(record.get(key), int | float) and not isinstance(record[key], bool)
 
 
 def read_run(run: Path) -> list[Record]:
@@ -27,8 +55,18 @@ def read_run(run: Path) -> list[Record]:
     return records
 
 
-def plot_runs(runs: Sequence[Path], out: Path) -> Path:
-    """Draw training loss, validation bits per byte and learning rate of the runs over their steps into a PNG or SVG."""
+def floor(run: Path) -> float | None:
+    """Bits per byte below which no model comes on a run's validation documents, where that is known: the exact
+    entropy of the built-in corpus. None for other texts, and where the data is gone."""
+    try:
+        return storyworld_floor(first_validation(entrant(str(run)), FLOOR_DOCUMENTS))
+    except UserError:
+        return None
+
+
+def plot_runs(runs: Sequence[Path], out: Path, x: Axis = "step", floors: Mapping[str, float] | None = None) -> Path:
+    """Draw training loss, validation bits per byte and learning rate of the runs into a PNG, SVG or PDF. ``floors``
+    are dashed lines by their name. In an SVG, text stays text."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,35 +74,48 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
 
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {out}: give a name that ends in .png, .svg or .pdf")
-    figure, (loss_axes, bits_axes, lr_axes) = pyplot.subplots(1, 3, figsize=(12.5, 3.6), dpi=120, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(12.5, 3.6), dpi=120, layout="constrained")
     for run, colour in zip(runs, COLOURS * (1 + len(runs) // len(COLOURS)), strict=False):
-        records = read_run(run)
-        loss_axes.plot(*series(records, "train_loss"), color=colour, linewidth=1.2, label=run.name)
-        steps, bits = series(records, "valid_bits_per_byte")
-        bits_axes.plot(steps, bits, color=colour, linewidth=1.4, marker="o", markersize=3.5, label=run.name)
-        if bits:
-            best = min(range(len(bits)), key=bits.__getitem__)
-            bits_axes.annotate(
-                f"{bits[best]:.3f}", (steps[best], bits[best]), textcoords="offset points", xytext=(0, 8),
-                ha="center", fontsize=8, color=colour,
-            )  # fmt: skip
-        lr_axes.plot(*series(records, "lr"), color=colour, linewidth=1.2)
-    for axes, title in (
-        (loss_axes, "training loss (nats per token)"),
-        (bits_axes, "validation (bits per byte)"),
-        (lr_axes, "learning rate"),
-    ):
-        _style(axes, title)
+        _draw_run(axes, read_run(run), colour, _literal(run.name), x)
+    for name, value in (floors or {}).items():
+        axes[1].axhline(value, color=FAINT, linewidth=1, linestyle=(0, (5, 4)))
+        axes[1].annotate(
+            f"{_literal(name)} {value:.3f}", (1, value), xycoords=("axes fraction", "data"), textcoords="offset points",
+            xytext=(0, 3), ha="right", fontsize=8, color=FAINT,
+        )  # fmt: skip
+    titles = ("training loss (nats per token)", "validation (bits per byte)", "learning rate")
+    for one, title in zip(axes, titles, strict=True):
+        _style(one, title, AXES[x][0])
     if len(runs) > 1:
-        loss_axes.legend(frameon=False, fontsize=8)
-    figure.savefig(out)
+        axes[0].legend(frameon=False, fontsize=8)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(out)
     pyplot.close(figure)
     return out
 
 
-def _style(axes, title: str) -> None:  # type: ignore[no-untyped-def]
+def _literal(name: str) -> str:
+    """A name in which matplotlib finds no formula, and which it does not leave out of the legend."""
+    return "\u200b" + name.replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
+
+
+def _draw_run(axes, records: Sequence[Record], colour: str, name: str, x: Axis) -> None:  # type: ignore[no-untyped-def]
+    loss_axes, bits_axes, lr_axes = axes
+    loss_axes.plot(*series(records, "train_loss", x), color=colour, linewidth=1.2, label=name)
+    places, bits = series(records, "valid_bits_per_byte", x)
+    bits_axes.plot(places, bits, color=colour, linewidth=1.4, marker="o", markersize=3.5, label=name)
+    if bits:
+        best = min(range(len(bits)), key=bits.__getitem__)
+        bits_axes.annotate(
+            f"{bits[best]:.3f}", (places[best], bits[best]), textcoords="offset points", xytext=(0, 8),
+            ha="center", fontsize=8, color=colour,
+        )  # fmt: skip
+    lr_axes.plot(*series(records, "lr", x), color=colour, linewidth=1.2)
+
+
+def _style(axes, title: str, below: str) -> None:  # type: ignore[no-untyped-def]
     axes.set_title(title, fontsize=10, color=INK, loc="left")
-    axes.set_xlabel("step", fontsize=8, color=FAINT)
+    axes.set_xlabel(below, fontsize=8, color=FAINT)
     axes.grid(color=GRID, linewidth=0.8)
     axes.tick_params(colors=FAINT, labelsize=8)
     axes.margins(y=0.12)

@@ -1,0 +1,1 @@
+"""A page about runs: what is known of them, drawn and written."""
