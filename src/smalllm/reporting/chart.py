@@ -140,10 +140,11 @@ def _marks(line: Line, x: Scale, y: Scale) -> Markup:
     if not line.marked:
         return Markup("")
     inside = [(one, value) for one, value in zip(line.x, line.y, strict=True) if y(value) >= TOP / 2]
-    return joined(
-        element("circle", element("title", f"{line.name}: {value:.4f} at {short(one)}"), class_=f"mark c{line.colour % COLOURS}", cx=x(one), cy=y(value), r=3.0)
-        for one, value in inside
-    )  # fmt: skip
+    marks = []
+    for one, value in inside:
+        told = element("title", f"{line.name}: {value:.4f} at {short(one)}")
+        marks.append(element("circle", told, class_=f"mark c{line.colour % COLOURS}", cx=x(one), cy=y(value), r=3.0))
+    return joined(marks)
 
 
 def _floor(value: float, y: Scale) -> Markup:

@@ -77,10 +77,11 @@ def _sections(dossier: Dossier, x: Axis) -> Iterator[Markup]:
 
 def _verdicts(dossier: Dossier) -> Markup:
     contest = dossier.contest
-    cards = [
-        _verdict(contest.comparisons[number].verdict, contest.sentences(number), chart.difference(found.difference, found.interval, found.strict_interval))
-        for number, found in enumerate(contest.comparisons)
-    ] if contest else []  # fmt: skip
+    cards = []
+    for number, found in enumerate(contest.comparisons if contest else ()):
+        assert contest is not None
+        drawing = chart.difference(found.difference, found.interval, found.strict_interval)
+        cards.append(_verdict(found.verdict, contest.sentences(number), drawing))
     notes = element("ul", *(element("li", note) for note in dossier.notes), class_="notes") if dossier.notes else ""
     return joined((*cards, notes)) if len(dossier.runs) > 1 or dossier.notes else Markup("")
 
@@ -200,10 +201,10 @@ def _samples(dossier: Dossier) -> Markup:
 
 
 def _timeline(run: RunFacts, number: int) -> Markup:
-    entries = [
-        element("li", element("p", f"step {story.step:,}", class_="when"), element("p", element("b", story.prompt), story.text, class_="tale"))
-        for story in spread(run.samples)
-    ]  # fmt: skip
+    entries = []
+    for story in spread(run.samples):
+        when = element("p", f"step {story.step:,}", class_="when")
+        entries.append(element("li", when, element("p", element("b", story.prompt), story.text, class_="tale")))
     return element(
         "div", element("h3", run.name), element("ol", *entries), class_=f"timeline c{number % chart.COLOURS}"
     )
@@ -239,10 +240,10 @@ def _setting(dossier: Dossier, name: str, differs: bool) -> Markup:
 
 def _environment(dossier: Dossier) -> Markup:
     names = list(dict.fromkeys(name for run in dossier.runs for name in run.environment))
-    rows = [
-        element("tr", element("th", label(name)), *(element("td", run.environment.get(name) or "–", class_="word") for run in dossier.runs))
-        for name in names
-    ]  # fmt: skip
+    rows = []
+    for name in names:
+        cells = [element("td", run.environment.get(name) or "–", class_="word") for run in dossier.runs]
+        rows.append(element("tr", element("th", label(name)), *cells))
     return _table(("", *(run.name for run in dossier.runs)), rows) if rows else Markup("")
 
 
