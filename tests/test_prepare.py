@@ -387,7 +387,9 @@ def test_near_copies_are_counted_and_the_worst_pair_is_shown(tmp_path, capsys):
     options = {"out": tmp_path / "out", "vocab_size": SIZE, "valid": valid}
     command(source, **options)
     printed = capsys.readouterr().out
-    assert "leaks       1 of 21 validation documents, 281 training documents compared: similarity 0.8 or more" in printed
+    assert (
+        "leaks       1 of 21 validation documents, 281 training documents compared: similarity 0.8 or more" in printed
+    )
     assert "most alike  0.97" in printed and "[31mOnce word0" in printed and "Twice word0" in printed
     assert "\x1b" not in printed
     command(source, **options, json_output=True)  # unchanged: the figures are those of the manifest
