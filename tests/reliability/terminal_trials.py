@@ -344,7 +344,7 @@ def _printed(text: str, folder: Path, given: Path) -> Iterator[tuple[str, str]]:
     )
     yield "train's end", _said(lambda: _train_end(text, Console()))
     yield "doctor", _said(lambda: _doctor(text))
-    yield "evaluate", _said(lambda: evaluate._print_table(_figures(text), text))
+    yield "evaluate", _said(lambda: evaluate._print(_figures(text), text))
     yield "export", _said(lambda: export._print(_certificate(text), text))
     yield "import", _said(lambda: import_._print(_imported(text)))
     yield "plot", _said(lambda: _plot(text, folder))
@@ -445,7 +445,8 @@ def _figures(text: str) -> dict[str, Any]:
         "bytes": 4,
         "documents": 5,
     }
-    return numbers | {"stories": {"faults": {text: 1}, "longest": 3.0}}
+    judged = {"count": 1, "model": text, "unreadable": 0, "grammar": 7.0}
+    return numbers | {"stories": {"count": 1, "faults": {text: 1}, "name": text, "judge": judged}}
 
 
 def _certificate(text: str) -> dict[str, Any]:
