@@ -222,7 +222,7 @@ def test_a_file_cut_while_it_is_read_is_an_error_and_no_signal(files, tmp_path, 
     header, path = gguf._config, tmp_path / "x.gguf"
     for size in (4096, 5000, 8192):
         path.write_bytes(files("llama").read_bytes())
-        monkeypatch.setattr(gguf, "_config", lambda *told: (os.truncate(path, size), header(*told))[1])
+        monkeypatch.setattr(gguf, "_config", lambda *told, size=size: (os.truncate(path, size), header(*told))[1])
         with pytest.raises(UserError, match="the file became shorter while it was read"):
             gguf.read(path)
 
