@@ -44,6 +44,24 @@ def test_throughput_by_hand():
     assert timer.tokens_per_second() == 500.0
 
 
+def test_a_resumed_timer_goes_on_as_the_one_before_and_does_not_mind_a_slow_first_step():
+    now = [100.0]
+    before = Throughput(lambda: now[0])
+    for tokens in (10, 20, 30, 40):
+        before.add(2.0, tokens)
+    assert before.due_to_plan(40.0)
+    now[0] += 0.5
+    after = Throughput(lambda: now[0])
+    after.restore(json.loads(json.dumps(before.to_json())))
+    assert after.seconds_per_token() == before.seconds_per_token() == 6.0 / 90
+    before.add(2.0, 50)
+    after.add(70.0, 50)  # compiles again
+    assert after.seconds_per_token() == before.seconds_per_token() and after.seconds_per_step() == 2.0
+    assert not after.due_to_plan(40.0)
+    now[0] += 0.5
+    assert after.due_to_plan(40.0)
+
+
 def test_planning_is_due_after_three_steps_and_then_every_fortieth_of_the_budget():
     now = [0.0]
     timer = Throughput(lambda: now[0])

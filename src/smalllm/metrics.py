@@ -127,9 +127,9 @@ class Throughput:
     def add(self, seconds: float, tokens: int) -> None:
         """A step took so long and trained on so many tokens."""
         self.steps += 1
-        first, self.fresh = self.fresh, False
-        if first and self.steps > 1:  # of a session that was resumed
-            return
+        if self.fresh and self.steps > 1:  # the first of a session that was resumed: not slower than those before
+            seconds = min(seconds, self.seconds_per_step())
+        self.fresh = False
         if self.steps == 2:
             self.step_seconds.clear()
             self.window.clear()

@@ -99,7 +99,9 @@ def train(config: RunConfig, run: Path, files: FileSystem | None = None, display
         if trainer.scaler is not None:  # so small that it grows, and so matters, within these few steps
             trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
         if config.train.minutes:
-            _step_by_step(trainer, clock, 60.0 * config.train.minutes / STEPS)
+            _step_by_step(
+                trainer, clock, 60.0 * config.train.minutes / (1.2 * STEPS)
+            )  # the end is judged within the budget
         trainer.fit()
         return trainer
     finally:
@@ -472,7 +474,7 @@ def damage(checkpoint: Path, chance: random.Random) -> str:
 def _set_up_resumes(given: Path) -> None:
     make_data(given)
     for name in CONFIGURATIONS:
-        train(settings(given / "data", name, checkpoint_every=1, keep=STEPS), straight(given, name), Unsynced())
+        train(settings(given / "data", name, checkpoint_every=1, keep=2 * STEPS), straight(given, name), Unsynced())
 
 
 def _resume(number: int, folder: Path, given: Path) -> None:

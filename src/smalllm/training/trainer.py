@@ -412,6 +412,7 @@ class Trainer:
         if self.state.evaluation_due:  # the run was killed between a checkpoint and its evaluation
             self.validate()
         self.write_record()
+        self.replan()  # as the run that was not killed did after its checkpoint
 
     def preflight(self) -> None:
         """Find in seconds what would cost the run; UserError that names the check."""
