@@ -14,7 +14,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -442,9 +442,9 @@ def _damage(number: int, folder: Path, given: Path) -> None:
     check_content(found)
 
 
-def damage(checkpoint: Path, chance: random.Random) -> str:
+def damage(checkpoint: Path, chance: random.Random, ways: Sequence[str] = DAMAGES) -> str:
     """Damage one file of a checkpoint; says which and how."""
-    way = chance.choice(DAMAGES)
+    way = chance.choice(ways)
     path = checkpoint / ("manifest.json" if way == "stale" else chance.choice(sorted(os.listdir(checkpoint))))
     data = bytearray(path.read_bytes())
     match way:
