@@ -367,7 +367,7 @@ BIG = 2**31 - 1
         (lambda data: data + b"\0" * 4, "must have .* by its header; copy it again"),
         (number(0, -64), "-64 is among them"),
         (number(0, BIG), "first numbers"),
-        (number(1, BIG), "must have"),
+        (number(1, BIG), "first numbers"),
         (number(2, BIG), "first numbers"),
         (number(2, 1024), "must have"),
         (number(3, 0), "0 is among them"),

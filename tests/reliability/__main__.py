@@ -42,6 +42,7 @@ def main() -> int:
     if unknown := set(names) - {trial.name for trial in chosen}:
         print(f"there is no trial {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
+    chosen = [trial for trial in chosen if trial.short or not options.short]  # some have a shorter one of their own
     scratch = Path(tempfile.mkdtemp(prefix="smalllm-reliability-", dir=options.folder))
     outcomes = []
     for trial in chosen:
