@@ -24,6 +24,8 @@ from smalllm.data.shards import TokenSplit
 
 IGNORE = -100
 """Target of a position that does not count (torch's ignore_index)."""
+PARTING_SECONDS = 0.2
+"""To wait for the thread at the end. After Ctrl-C in a ``join``, Python 3.11 never sees that thread end (bpo-45274)."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Prefetch:
     def close(self) -> None:
         """Wait a moment for the thread, which cannot keep the program from ending."""
         if self.coming is not None:
-            self.coming.thread.join(1.0)
+            self.coming.thread.join(PARTING_SECONDS)
 
     def _begin(self, step: int, micro_batch: int) -> _Coming:
         coming = _Coming((step, micro_batch), lambda: self._make(step, micro_batch))
@@ -238,7 +240,7 @@ class Prefetch:
 
 def _join(threads: Iterable[threading.Thread]) -> None:
     for thread in threads:
-        thread.join(1.0)
+        thread.join(PARTING_SECONDS)
 
 
 class _Coming:
