@@ -94,7 +94,7 @@ def signalled(number: int, folder: Path, given: Path) -> None:
     code, seconds, said = SENT[kind](command, folder, moment)
     assert "Traceback" not in said, said
     hurried = kind == "twice" and code != 0  # with 0 it was drawing its curve already
-    assert seconds < (1.0 if hurried else 3.0), f"{kind}: it took {seconds:.2f} s to end"
+    assert seconds < (2.0 if hurried else 3.0), f"{kind}: it took {seconds:.2f} s to end"
     if kind in CODES and code == CODES[kind] and _child_output(folder):  # else it came before training began
         step = int(json.loads(_child_output(folder))["step"])
         newest = RunFolder(run).newest_step() or 0
