@@ -14,6 +14,7 @@ from smalllm.config import load_recipe
 from smalllm.data.prepare import prepare
 from smalllm.model import GPT
 from smalllm.ngrams import Floor, Floors
+from smalllm.reliability.promises import Recorder
 from smalllm.runtime import Runtime
 from smalllm.training import trainer as trainer_module
 from smalllm.training.alarm import Alarm, zero_share
@@ -122,21 +123,7 @@ def test_zeros_are_counted_in_the_matrices_of_the_blocks():
     matrices[0].grad.fill_(1.0)
     assert zero_share(model) == pytest.approx(1 - matrices[0].numel() / sum(p.numel() for p in matrices))
 
-
-# ── real runs ──
-
-
-class Notes:
-    """A display that keeps what a person should read."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def progress(self, record: dict) -> None: ...
-    def story(self, step: int, prompt: str, text: str) -> None: ...
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
+    # ── real runs ──
 
     def alarms(self) -> list[str]:
         return [note for note in self.notes if note.startswith("alarm")]
@@ -154,7 +141,7 @@ def first_steps(tiny, stories: Path, run: Path, steps: int, plan: int, lr: float
     train_settings |= {"steps": plan, "batch_tokens": 512}
     config = tiny(model={"context": 64}, optim={"lr": lr, "warmup_steps": 10}, train=train_settings)
     config = config.replace(data={"path": str(stories)})
-    display = Notes()
+    display = Recorder()
     trainer = Trainer(config, RunFolder(run), display=display)
     trainer.count_floors()
     trainer.begin()
@@ -216,7 +203,7 @@ def test_recipes_scaled_down_do_not_ring(recipe: str, stories: Path, tmp_path: P
     length = ["train.steps=640", "optim.warmup_steps=20", "train.batch_tokens=1024", "train.evaluate_every=640"]
     rest = [f"data.path={stories}", "train.device=cpu", "train.patience=0", "train.sample_tokens=0"]
     mlp = ["model.mlp_width=256"] if recipe == "smalllm-20m" else []
-    display = Notes()
+    display = Recorder()
     train(load_recipe(recipe, [*shape, *length, *rest, *mlp]), tmp_path / "run", display=display)
     assert display.alarms() == []
 
@@ -235,7 +222,7 @@ def easy(*nats: float) -> Floors:
 
 def test_the_best_floor_that_is_beaten_is_said_once_also_across_a_resume(tiny, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(trainer_module, "floors", lambda dataset: easy(9e4, 8e4, 1e-3))
-    display = Notes()
+    display = Recorder()
     train(tiny(train={"steps": 8}), tmp_path / "run", display=display)
     train(tiny(train={"steps": 12}), tmp_path / "run", display=display)
     better = [note for note in display.notes if note.startswith("now better")]

@@ -14,7 +14,7 @@ from smalllm.config import UserError
 from smalllm.data.batches import Batches
 from smalllm.data.shards import TokenDataset
 from smalllm.metrics import read_records
-from smalllm.reliability.promises import Notes, replaced
+from smalllm.reliability.promises import Recorder, replaced
 from smalllm.training.guards import WINDOW, SpikeGuard, gradient_norms
 from smalllm.training.trainer import Trainer, TrainingFailure, train
 
@@ -53,7 +53,7 @@ def test_a_restored_guard_knows_what_it_knew():
 
 def test_ten_bad_steps_leave_a_report(tiny, tmp_path: Path):
     """The cause and its fix, the gradient that was not finite, and the text of the batch."""
-    display, step = Notes(), Trainer.accumulate
+    display, step = Recorder(), Trainer.accumulate
 
     def poisoned(self: Trainer, tokens: int) -> float:
         loss = step(self, tokens)
@@ -94,9 +94,9 @@ def test_other_data_is_taken_by_force(tiny, tmp_path: Path):
     config = tiny(train={"steps": 4}).replace(data={"path": str(tmp_path / "other")})
     with pytest.raises(UserError, match="was trained on other data .* go on with this data by --force"):
         train(config, tmp_path / "run")
-    display = Notes()
+    display = Recorder()
     assert train(config, tmp_path / "run", display=display, force=True).step == 4
-    assert any("continuing with other data" in note for note in display.said)
+    assert any("continuing with other data" in note for note in display.notes)
 
 
 def test_a_seed_is_changed_only_by_force(tiny, tmp_path: Path):
@@ -104,9 +104,9 @@ def test_a_seed_is_changed_only_by_force(tiny, tmp_path: Path):
     other = tiny(train={"steps": 4}).model_copy(update={"seed": 8})
     with pytest.raises(UserError, match="seed = 8 but the run was begun with 7; .* by --force"):
         train(other, tmp_path)
-    display = Notes()
+    display = Recorder()
     train(other, tmp_path, display=display, force=True)
-    assert "continuing with seed=8 (was 7)" in display.said
+    assert "continuing with seed=8 (was 7)" in display.notes
 
 
 def test_under_nohup_a_closed_terminal_does_not_end_training(tiny, tmp_path: Path):
@@ -151,8 +151,8 @@ def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    notes = Notes()
+    notes = Recorder()
     folder = RunFolder(tmp_path)
     folder.lock(warn=notes.note)
-    assert "cannot be locked (Operation not supported)" in notes.said[0] and not folder.is_locked()
+    assert "cannot be locked (Operation not supported)" in notes.notes[0] and not folder.is_locked()
     folder.unlock()

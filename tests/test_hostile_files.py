@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from export_runs import random_run
+from test_untrusted import strange
 
 from smalllm.config import UserError
 from smalllm.export import gguf, huggingface, llama2c
@@ -324,18 +325,7 @@ def test_what_is_no_file_is_refused_at_once(good: Path, name: str, thing: str, t
     shutil.copytree(good, tmp_path / "model")
     path = tmp_path / "model" / name
     path.unlink()
-    match thing:
-        case "pipe":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
-        case "device":
-            path.symlink_to("/dev/zero")
-        case "loop":
-            path.symlink_to(path)
-        case "sparse":
-            path.touch()
-            os.truncate(path, 1 << 40)
+    strange(path, thing)
     base = memory("VmRSS")
     reset_peak()
     assert read(good, tmp_path / "model") is not None

@@ -19,30 +19,11 @@ from smalllm.checkpoint import RunFolder, open_run
 from smalllm.config import RunConfig, UserError
 from smalllm.metrics import read_records
 from smalllm.native import kernels
+from smalllm.reliability.promises import TIMES, Recorder, SteppedClock
 from smalllm.runtime import Fit
 from smalllm.training import trainer as trainer_module
 from smalllm.training.schedule import Plan
 from smalllm.training.trainer import Trainer, TrainingFailure, train
-
-TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "data_wait"}
-
-
-class Recorder:
-    """A display that remembers."""
-
-    def __init__(self) -> None:
-        self.records: list[dict] = []
-        self.stories: list[tuple] = []
-        self.notes: list[str] = []
-
-    def progress(self, record: dict) -> None:
-        self.records.append(record)
-
-    def story(self, step: int, prompt: str, text: str) -> None:
-        self.stories.append((step, prompt, text))
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 def digest(run: Path) -> str:
@@ -401,14 +382,6 @@ def test_a_time_budget_is_kept_within_five_percent(speed: float, tiny, tmp_path:
     assert summary.stopped_because == "minutes"
     assert summary.seconds == pytest.approx(60.0, rel=0.05)
     assert trainer.state.plan.progress(summary.step) == 1.0
-
-
-class SteppedClock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 # ── what cannot be continued ──

@@ -18,11 +18,8 @@ def test_a_small_file_is_read(tmp_path: Path):
     assert error.value.strerror == "it has 3 bytes, more than the 2 of any such file"
 
 
-@pytest.mark.parametrize(
-    "thing", ["pipe", "folder", "device", "loop", "missing", "sparse", "a\0b", "a\ud800", "x" * 5000]
-)
-def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, thing: str):
-    path = tmp_path / thing
+def strange(path: Path, thing: str) -> None:
+    """Something that is no regular file, or one of a size that no file of its kind has."""
     match thing:
         case "pipe":
             os.mkfifo(path)
@@ -35,6 +32,14 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, thing: str):
         case "sparse":
             path.touch()
             os.truncate(path, 1 << 40)
+
+
+@pytest.mark.parametrize(
+    "thing", ["pipe", "folder", "device", "loop", "missing", "sparse", "a\0b", "a\ud800", "x" * 5000]
+)
+def test_what_is_no_file_is_an_error_at_once(tmp_path: Path, thing: str):
+    path = tmp_path / thing
+    strange(path, thing)
     with pytest.raises(OSError) as error:
         content(path, 1 << 20)
     assert error.value.strerror

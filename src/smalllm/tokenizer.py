@@ -16,7 +16,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +29,7 @@ import numpy as np
 import sentencepiece
 
 from smalllm.config import UserError
+from smalllm.files import FileSystem
 from smalllm.native.build import Unavailable
 from smalllm.native.words import Found, Words, bounds_of, fill, flattened
 from smalllm.untrusted import content
@@ -136,12 +136,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the model atomically: the file is whole or absent."""
-        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(self.model_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        FileSystem().replace(Path(path), [self.model_bytes])
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without begin and end; special words such as "</s>" in the text stay text."""

@@ -83,11 +83,6 @@ class Serving:
             connection.sendall(data)
             return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
-    def gauge(self, name: str) -> float:
-        found = re.search(rf"^smalllm_{name} (\S+)$", self.get("/metrics")[1].decode(), re.M)
-        assert found, name
-        return float(found[1])
-
     def busy(self) -> float:
         """Rows that run or wait."""
         page = self.get("/metrics")[1].decode()

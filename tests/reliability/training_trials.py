@@ -22,7 +22,7 @@ from smalllm.config import UserError
 from smalllm.files import FileSystem
 from smalllm.metrics import read_records
 from smalllm.reliability import promises
-from smalllm.reliability.promises import Notes, check_same, in_child, make_data, replaced, settings, straight, train
+from smalllm.reliability.promises import Recorder, check_same, in_child, make_data, replaced, settings, straight, train
 from smalllm.reliability.trials import Trial
 from smalllm.training import trainer as trainer_module
 from smalllm.training.guards import WINDOW
@@ -216,12 +216,7 @@ def strange_clocks(number: int, folder: Path, given: Path) -> None:
     """Wall clocks jump and files are dated anyhow; order is by step, time by a clock that only goes on."""
     chance, run = random.Random(number), folder / "run"
     jump = (0.0, 3.15e8, -86_400.0, -3.0e9)[number % 4]
-    shown: list[dict[str, Any]] = []
-
-    class Watching(Notes):
-        def progress(self, record: dict[str, Any]) -> None:
-            shown.append(record)
-
+    watching = Recorder()
     with replaced(time, "time", lambda: 1e9 + jump):
         train(settings(given / "data", steps=12, checkpoint_every=2, keep=9), run)
         for checkpoint in RunFolder(run).checkpoints():
@@ -229,7 +224,8 @@ def strange_clocks(number: int, folder: Path, given: Path) -> None:
             os.utime(checkpoint.path, (stamp, stamp))
             os.utime(checkpoint.path / "manifest.json", (stamp, stamp))
         assert RunFolder(run).choose("latest").step == 12
-        train(settings(given / "data"), run, display=Watching())
+        train(settings(given / "data"), run, display=watching)
+    shown = watching.records
     assert shown and all(not record["eta_seconds"] < 0 and record["tokens_per_second"] >= 0 for record in shown)
     assert all(math.isfinite(record["tokens_per_second"]) for record in shown)
     times = [record["seconds"] for record in read_records(run / "metrics.jsonl")]
@@ -241,7 +237,7 @@ def strange_clocks(number: int, folder: Path, given: Path) -> None:
 
 def saving_fails(number: int, folder: Path, given: Path) -> None:
     """Something goes wrong on the thread that saves: it is said at the next step, and costs that checkpoint."""
-    chance, notes, run = random.Random(number), Notes(), folder / "run"
+    chance, notes, run = random.Random(number), Recorder(), folder / "run"
     error = chance.choice([MemoryError(), RuntimeError("bad_alloc"), OSError(errno.EIO, "broken"), ValueError("x")])
     left, save = [chance.randrange(1, 8)], Saver._save
 
@@ -253,13 +249,13 @@ def saving_fails(number: int, folder: Path, given: Path) -> None:
 
     with replaced(Saver, "_save", failing):
         train(settings(given / "data"), run, display=notes)
-    assert any("could not be written" in note and "training goes on" in note for note in notes.said), notes.said
+    assert any("could not be written" in note and "training goes on" in note for note in notes.notes), notes.notes
     check_same(run, straight(given, "plain"))
 
 
 def out_of_memory(number: int, folder: Path, given: Path) -> None:
     """Memory runs out in a forward pass, or in an evaluation: smaller pieces, and the same losses."""
-    chance, run, notes = random.Random(number), folder / "run", Notes()
+    chance, run, notes = random.Random(number), folder / "run", Recorder()
     name = ("_accumulate", "evaluate")[number % 2]
     original, error = (
         getattr(Trainer, name),
@@ -275,7 +271,7 @@ def out_of_memory(number: int, folder: Path, given: Path) -> None:
 
     with replaced(Trainer, name, tight):
         train(settings(given / "data"), run, display=notes)
-    assert any("out of memory" in note for note in notes.said), notes.said
+    assert any("out of memory" in note for note in notes.notes), notes.notes
     mine, theirs = (
         [record["train_loss"] for record in read_records(path / "metrics.jsonl")]
         for path in (run, straight(given, "plain"))
@@ -293,7 +289,7 @@ def poisoned(number: int, folder: Path, given: Path) -> int:
     """NaN and infinity in a loss, in one element of a gradient, in one activation: no weight and no moment changes."""
     chance = random.Random(number)
     trainer = Trainer(
-        settings(given / "data", NAMES[number % len(NAMES)], steps=1000), RunFolder(folder / "run"), display=Notes()
+        settings(given / "data", NAMES[number % len(NAMES)], steps=1000), RunFolder(folder / "run"), display=Recorder()
     )
     trainer.begin()
     for _ in range(INJECTIONS):
@@ -363,7 +359,7 @@ def spikes(number: int, folder: Path, given: Path) -> None:
         loss = original(self, tokens)
         return loss * 50.0 if at <= self.data_step < at + length else loss
 
-    notes = Notes()
+    notes = Recorder()
     with replaced(Trainer, "_accumulate", spiky):
         done = train(config, folder / "whole", display=notes)
         killed = in_child(lambda: train(config, folder / "killed"))
@@ -371,8 +367,8 @@ def spikes(number: int, folder: Path, given: Path) -> None:
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
         train(config, folder / "killed")
-    skipped = [note for note in notes.said if "stands out" in note]
-    assert len(skipped) == length, (length, notes.said)
+    skipped = [note for note in notes.notes if "stands out" in note]
+    assert len(skipped) == length, (length, notes.notes)
     assert done.state.rollbacks == (length >= 10) and done.state.step == first + 40
     assert (done.state.passed_over > 0) == (length >= 10)
     check_same(folder / "killed", folder / "whole")
@@ -384,7 +380,7 @@ def spikes(number: int, folder: Path, given: Path) -> None:
 def overflows(number: int, folder: Path, given: Path) -> None:
     """The scale is too large at a random step: the step is repeated with a smaller one, and nothing is lost."""
     chance = random.Random(number)
-    trainer = Trainer(settings(given / "data", "fp16 with loss scaling"), RunFolder(folder / "run"), display=Notes())
+    trainer = Trainer(settings(given / "data", "fp16 with loss scaling"), RunFolder(folder / "run"), display=Recorder())
     trainer.begin()
     for _ in range(chance.randrange(1, 10)):
         trainer.step()
@@ -403,7 +399,7 @@ def overflows(number: int, folder: Path, given: Path) -> None:
 
 def trackers(number: int, folder: Path, given: Path) -> None:
     """A tracker that fails at a random step is dropped with one line."""
-    left, notes = [random.Random(number).randrange(1, 30)], Notes()
+    left, notes = [random.Random(number).randrange(1, 30)], Recorder()
 
     def broken(record: Any) -> None:
         left[0] -= 1
@@ -418,7 +414,7 @@ def trackers(number: int, folder: Path, given: Path) -> None:
 
     with replaced(trainer_module.Sinks, "__init__", with_a_tracker):
         train(settings(given / "data"), folder / "run", display=notes)
-    assert len([note for note in notes.said if "failed and is off" in note]) == 1
+    assert len([note for note in notes.notes if "failed and is off" in note]) == 1
     check_same(folder / "run", straight(given, "plain"))
 
 

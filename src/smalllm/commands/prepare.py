@@ -140,7 +140,7 @@ def _lines(console: Console) -> Callable[[PrepareProgress], None]:
 
 
 def _summary(result: PrepareResult) -> str:
-    out = "".join(character for character in result.out if character.isprintable())
+    out = plain(result.out)
     lines = [
         f"{'unchanged: ' if result.reused else ''}{out}",
         f"  train       {result.train_documents:,} documents, {result.train_tokens:,} tokens",

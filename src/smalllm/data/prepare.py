@@ -43,10 +43,10 @@ from smalllm.data.shards import (
     TokenDataset,
     file_sha256,
     read_at,
-    sync_folder,
     token_dtype,
 )
 from smalllm.data.sources import Counts, Source, documents, open_source, passages
+from smalllm.files import FileSystem
 from smalllm.tokenizer import MAX_PIECES, Tokenizer
 
 VOCAB_SIZE = 4096
@@ -58,7 +58,7 @@ REPORT_SECONDS = 0.1
 SPOOL = ".spool"
 LOCK = ".lock"
 OURS = re.compile(
-    r"\.lock|\.spool|manifest\.json|tokenizer\.model|floors\.json|\.tmp-floors\.json-\d+|(train|valid)-\d{5}\.bin|\..+\.tmp"
+    r"\.lock|\.spool|manifest\.json|tokenizer\.model|floors\.json|(train|valid)-\d{5}\.bin|\.tmp-.+-\d+|\..+\.tmp"
 )
 
 Stage = Literal["read", "tokenizer", "encode"]
@@ -391,7 +391,7 @@ def _make(
     finally:
         spool.close()
     (folder / SPOOL).unlink()
-    sync_folder(folder)
+    FileSystem().sync_folder(folder)
     manifest.save(folder)
     return replace(_result(folder, manifest, clock), duplicates=duplicates, empty=empty)
 

@@ -24,6 +24,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from smalllm.config import UserError
+from smalllm.files import FileSystem
 from smalllm.tokenizer import LARGEST_MODEL, Tokenizer
 from smalllm.untrusted import content, opened, printable
 
@@ -146,13 +147,7 @@ class Manifest(Record):
         """Write manifest.json atomically, with the SHA-256 of its content, so that a damaged manifest is noticed."""
         content = self.model_dump(mode="json")
         content["sha256"] = _canonical_sha256(content)
-        temporary = folder / f".{MANIFEST}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / MANIFEST)
-        sync_folder(folder)
+        FileSystem().replace(folder / MANIFEST, [(json.dumps(content, indent=1) + "\n").encode()])
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -413,17 +408,6 @@ def _canonical_sha256(content: dict[str, Any]) -> str:
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     """The smallest stored type that holds every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can (Windows cannot open folders)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_at(file: int, offset: int, size: int) -> bytes:

@@ -73,6 +73,24 @@ def make_data(given: Path) -> None:
     prepare(["storyworld:200"], given / "data", vocab_size=512, seed=1, workers=1)
 
 
+class Recorder:
+    """A display that remembers."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.stories: list[tuple[int, str, str]] = []
+        self.notes: list[str] = []
+
+    def progress(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def story(self, step: int, prompt: str, text: str) -> None:
+        self.stories.append((step, prompt, text))
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
 class SteppedClock:
     """A clock that knows only steps: what depends on time is then a function of the step as well."""
 
@@ -378,24 +396,12 @@ def _shorter(given: Path) -> RunConfig:
     return settings(given / "data", steps=6, checkpoint_every=2, evaluate_every=3)
 
 
-class Notes:
-    """A display that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def progress(self, record: dict[str, Any]) -> None: ...
-    def story(self, step: int, prompt: str, text: str) -> None: ...
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-
 def _disk_error(number: int, folder: Path, given: Path) -> int:
     """The k-th change to the disk fails, once or for good. What was saved is whole, and a run with a mended disk ends as ever."""
     at, kind = divmod(number, len(ERRORS))
     if at >= int((given / "events").read_text()):
         return 0
-    disk, notes = FailingDisk(at, *ERRORS[kind]), Notes()
+    disk, notes = FailingDisk(at, *ERRORS[kind]), Recorder()
     run, ended = folder / "run", False
     try:
         train(_shorter(given), run, disk, notes)
@@ -485,9 +491,9 @@ def _resume(number: int, folder: Path, given: Path) -> None:
     shutil.copytree(source, run, ignore=shutil.ignore_patterns("checkpoints"))
     checkpoint = f"step-{step:08d}"
     shutil.copytree(source / "checkpoints" / checkpoint, run / "checkpoints" / checkpoint)
-    notes = Notes()
+    notes = Recorder()
     train(settings(given / "data", name), run, Unsynced(), notes)
-    assert f"resumed from step {step}" in notes.said
+    assert f"resumed from step {step}" in notes.notes
     check_same(run, source)
 
 

@@ -26,6 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from smalllm.serve.meters import Meters
 from smalllm.serve.protocol import Refusal, new_id
+from smalllm.untrusted import printable
 
 BODY_BYTES = 1 << 20
 CSP = (
@@ -180,7 +181,7 @@ class Guard:
         if scope["method"] == "POST" and route != "other":
             self._meters.request.observe(seconds)
         client = scope["client"][0] if scope.get("client") else "-"
-        log.info("%s %s %s %d %.0f ms", client, scope["method"][:10], printable(path[:200]), status, seconds * 1000)
+        log.info("%s %s %s %d %.0f ms", client, scope["method"][:10], printable(path, 200), status, seconds * 1000)
 
 
 async def send_refusal(refusal: Refusal, send: Send) -> None:
@@ -195,15 +196,6 @@ async def send_refusal(refusal: Refusal, send: Send) -> None:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def printable(text: str) -> str:
-    """One line without control characters, so that a log cannot be forged.
-
-    >>> printable("/a\\nb")
-    '/a\\\\nb'
-    """
-    return "".join(c if c.isascii() and c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ── connections ──
