@@ -36,10 +36,10 @@ import torch
 from train_throughput import run as run_script
 
 from smalllm.checkpoint import LoadedRun, copy_weights, model_weights, open_run
-from smalllm.comparison import compare, seeds_needed
 from smalllm.data.sources import documents as read_documents
 from smalllm.evaluation import Evaluation, bits_per_byte, summarize, validation_texts
-from smalllm.scorecard import share_interval
+from smalllm.judging.comparison import compare, seeds_needed
+from smalllm.judging.scorecard import share_interval
 
 WORSE = 0.01
 CLOSE = 0.0003  # of the bits per byte, how near to 1 % the moved model must come

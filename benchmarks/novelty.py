@@ -24,8 +24,8 @@ import torch
 from smalllm.data.prepare import prepare
 from smalllm.data.shards import TokenDataset
 from smalllm.hardware import memory_now, peak_memory
+from smalllm.judging.novelty import TrainingText
 from smalllm.native.build import load
-from smalllm.novelty import TrainingText
 
 STORY_TOKENS = 250
 STORIES = 200

@@ -123,10 +123,12 @@ def test_zeros_are_counted_in_the_matrices_of_the_blocks():
     matrices[0].grad.fill_(1.0)
     assert zero_share(model) == pytest.approx(1 - matrices[0].numel() / sum(p.numel() for p in matrices))
 
-    # ── real runs ──
 
-    def alarms(self) -> list[str]:
-        return [note for note in self.notes if note.startswith("alarm")]
+# ── real runs ──
+
+
+def alarms(display: Recorder) -> list[str]:
+    return [note for note in display.notes if note.startswith("alarm")]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,7 @@ def first_steps(tiny, stories: Path, run: Path, steps: int, plan: int, lr: float
         trainer.step()
     trainer.saver.close()
     trainer.prefetch.close()
-    return display.alarms()
+    return alarms(display)
 
 
 def test_the_ancestors_fault_rings_in_the_first_tenth(
@@ -205,7 +207,7 @@ def test_recipes_scaled_down_do_not_ring(recipe: str, stories: Path, tmp_path: P
     mlp = ["model.mlp_width=256"] if recipe == "smalllm-20m" else []
     display = Recorder()
     train(load_recipe(recipe, [*shape, *length, *rest, *mlp]), tmp_path / "run", display=display)
-    assert display.alarms() == []
+    assert alarms(display) == []
 
 
 # ── floors that are beaten ──

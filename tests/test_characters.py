@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from smalllm.characters import changed_pronoun, evidence, lost_name, names, without_speech
 from smalllm.data import storyworld
+from smalllm.judging.characters import changed_pronoun, evidence, lost_name, names, without_speech
 
 GOOD = [
     # the genuine kinds of trouble: somebody else of the other gender, a name that comes late, nicknames, speech

@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smalllm.comparison import against_first, compare, expanded_percentiles, seeds_needed, student, variance_of_seeds
 from smalllm.config import UserError
-from smalllm.contest import Contest, hold
 from smalllm.evaluation import summarize
-from smalllm.sides import Documents, Score, Side
+from smalllm.judging.comparison import (
+    against_first,
+    compare,
+    expanded_percentiles,
+    seeds_needed,
+    student,
+    variance_of_seeds,
+)
+from smalllm.judging.contest import Contest, hold
+from smalllm.judging.sides import Documents, Score, Side
 
 
 def normal(seed: int, runs: int, documents: int = 60, seeds: float = 0.0, ahead: float = 0.0) -> np.ndarray:

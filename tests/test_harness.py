@@ -11,11 +11,11 @@ import pytest
 import torch
 from test_generation import save_run
 
-from smalllm import harness
 from smalllm.checkpoint import open_run
 from smalllm.config import RunConfig, UserError
 from smalllm.generation import Generator, SamplingParams
-from smalllm.harness import Answers, Span, register, sampling, split
+from smalllm.judging import harness
+from smalllm.judging.harness import Answers, Span, register, sampling, split
 
 
 class Asked(NamedTuple):

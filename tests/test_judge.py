@@ -15,9 +15,9 @@ from conftest import tiny_settings
 from test_generation import save_run
 from test_server import serving
 
-from smalllm import judge as judges
 from smalllm.config import UserError
-from smalllm.judge import ASPECTS, CACHE, KEY_VARIABLE, Judge, JudgeFailure, grades_of, judge_stories
+from smalllm.judging import judge as judges
+from smalllm.judging.judge import ASPECTS, CACHE, KEY_VARIABLE, Judge, JudgeFailure, grades_of, judge_stories
 
 KEY = "sk-secret-of-the-judge"
 GOOD = '{"grammar": 8, "creativity": 6, "consistency": 7, "plot": 5}'

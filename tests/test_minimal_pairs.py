@@ -13,7 +13,7 @@ from test_evaluation import Bigram, make_model
 
 from smalllm.checkpoint import open_run
 from smalllm.data.prepare import prepare
-from smalllm.minimal_pairs import Pair, pairs, score_pairs
+from smalllm.judging.minimal_pairs import Pair, pairs, score_pairs
 from smalllm.tokenizer import Tokenizer
 from smalllm.training.trainer import train
 

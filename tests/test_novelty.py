@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smalllm.data.shards import TokenDataset
+from smalllm.judging.novelty import TrainingText, longest_matches, sorted_suffixes
 from smalllm.native import suffixes
 from smalllm.native.build import Unavailable
-from smalllm.novelty import TrainingText, longest_matches, sorted_suffixes
 from smalllm.tokenizer import Tokenizer
 
 STORIES = [

@@ -19,8 +19,8 @@ from smalllm.data import storyworld
 from smalllm.data.prepare import prepare
 from smalllm.data.shards import TokenDataset
 from smalllm.generation import Completion, SamplingParams
-from smalllm.novelty import Copy
-from smalllm.scorecard import (
+from smalllm.judging.novelty import Copy
+from smalllm.judging.scorecard import (
     Story,
     distinct,
     length_distance,

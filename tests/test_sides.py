@@ -14,7 +14,7 @@ from smalllm import cli
 from smalllm.config import RunConfig, UserError
 from smalllm.data import storyworld
 from smalllm.data.prepare import prepare
-from smalllm.sides import form_sides, shared_documents
+from smalllm.judging.sides import form_sides, shared_documents
 
 
 def settings(data: Path, seed: int = 1, width: int = 32) -> RunConfig:

@@ -19,7 +19,7 @@ from smalllm.config import UserError, load_recipe
 from smalllm.decoder import Weights
 from smalllm.evaluation import evaluate_run
 from smalllm.generation import Completion, Generator, SamplingParams
-from smalllm.scorecard import STORY_SAMPLING, score_run, tell
+from smalllm.judging.scorecard import STORY_SAMPLING, score_run, tell
 from smalllm.training.trainer import Summary
 from smalllm.training.trainer import train as train_run
 

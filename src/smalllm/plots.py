@@ -9,8 +9,8 @@ from typing import Literal, get_args
 from smalllm.checkpoint import RunFolder
 from smalllm.config import UserError
 from smalllm.evaluation import storyworld_floor
+from smalllm.judging.sides import entrant, first_validation
 from smalllm.metrics import Record, read_records
-from smalllm.sides import entrant, first_validation
 
 INK, FAINT, GRID = "#1f2933", "#9aa5b1", "#e4e7eb"
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from smalllm.comparison import SMALLEST
 from smalllm.config import UserError
-from smalllm.contest import Contest, hold
 from smalllm.hardware import pick_device
-from smalllm.sides import Score, Side, form_sides, score, shared_documents
+from smalllm.judging.comparison import SMALLEST
+from smalllm.judging.contest import Contest, hold
+from smalllm.judging.sides import Score, Side, form_sides, score, shared_documents
 from smalllm.terminal import plain
 
 

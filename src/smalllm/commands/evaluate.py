@@ -17,10 +17,10 @@ from smalllm.config import UserError
 from smalllm.evaluation import evaluate_run
 from smalllm.generation import SamplingParams
 from smalllm.hardware import pick_device
-from smalllm.judge import Judge, judge_stories
-from smalllm.minimal_pairs import pairs as make_pairs
-from smalllm.minimal_pairs import score_pairs
-from smalllm.scorecard import read_prompts, score_run, tell
+from smalllm.judging.judge import Judge, judge_stories
+from smalllm.judging.minimal_pairs import pairs as make_pairs
+from smalllm.judging.minimal_pairs import score_pairs
+from smalllm.judging.scorecard import read_prompts, score_run, tell
 from smalllm.terminal import plain
 
 

@@ -11,11 +11,21 @@ from typing import Any
 
 from smalllm.checkpoint import RunFolder, open_run
 from smalllm.config import RunConfig, UserError, setting_names
-from smalllm.contest import Contest, hold
 from smalllm.evaluation import storyworld_floor
+from smalllm.judging.contest import Contest, hold
+from smalllm.judging.scorecard import STORY_SAMPLING, score_run, tell
+from smalllm.judging.sides import (
+    Documents,
+    Entrant,
+    Score,
+    Side,
+    entrant,
+    environment,
+    form_sides,
+    score,
+    shared_documents,
+)
 from smalllm.metrics import Record, read_records
-from smalllm.scorecard import STORY_SAMPLING, score_run, tell
-from smalllm.sides import Documents, Entrant, Score, Side, entrant, environment, form_sides, score, shared_documents
 
 DOCUMENTS = 500
 STORIES = 20

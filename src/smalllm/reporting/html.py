@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
+from smalllm.judging.sides import Score
 from smalllm.plots import AXES, Axis, series
 from smalllm.reporting import chart
 from smalllm.reporting.dossier import Dossier, RunFacts, spread
 from smalllm.reporting.markup import Markup, element, joined
 from smalllm.reporting.wording import DEFINITIONS, CardRow, card_rows, count, label, lead, overview, shown, title
-from smalllm.sides import Score
 
 CURVES = (
     ("train_loss", "Training loss, nats per token (log scale; bold: running mean)"),

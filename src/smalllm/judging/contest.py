@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from smalllm.comparison import SMALLEST, Comparison, against_first
 from smalllm.config import UserError
-from smalllm.sides import Documents, Score, Side, bits_of
+from smalllm.judging.comparison import SMALLEST, Comparison, against_first
+from smalllm.judging.sides import Documents, Score, Side, bits_of
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from smalllm.characters import changed_pronoun, lost_name, names
 from smalllm.checkpoint import LoadedRun
 from smalllm.config import UserError
 from smalllm.data import storyworld
 from smalllm.data.shards import TokenDataset
 from smalllm.evaluation import bootstrap_interval, trained_on_storyworld, validation_texts
 from smalllm.generation import Completion, Generator, SamplingParams
-from smalllm.novelty import Copy, TrainingText
+from smalllm.judging.characters import changed_pronoun, lost_name, names
+from smalllm.judging.novelty import Copy, TrainingText
 from smalllm.tokenizer import Tokenizer
 from smalllm.untrusted import content
 

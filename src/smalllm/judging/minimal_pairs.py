@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from smalllm.evaluation import bits_per_byte
+from smalllm.judging.scorecard import share_interval
 from smalllm.model import GPT
-from smalllm.scorecard import share_interval
 from smalllm.tokenizer import Tokenizer
 
 PAIRS_OF_A_KIND = 200

@@ -1,6 +1,6 @@
 """A run as a model of the LM Evaluation Harness (https://github.com/EleutherAI/lm-evaluation-harness), package ``lm-eval``.
 
-    python -m smalllm.harness run --model smalllm --model_args run=runs/quickstart --tasks blimp
+    python -m smalllm.judging.harness run --model smalllm --model_args run=runs/quickstart --tasks blimp
 
 is lm-eval's own command line, with a model ``smalllm`` more. The package is optional and imported only there; `Answers` does
 the work without it, for anything that has ``args``. Texts are cut into tokens and windows as lm-eval does for models of
