@@ -16,21 +16,21 @@ SOURCE = ROOT / "src" / "smalllm"
 
 # A module imports only what stands before it. docs/architecture.md shows the same list.
 ORDER = [
-    "terminal", "untrusted", "files", "config", "hardware", "native.build", "native.words", "native.suffixes", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "runtime", "checkpoint",
+    "terminal", "untrusted", "files", "config", "hardware", "native.build", "native.words", "native.suffixes", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "ranks", "runtime", "checkpoint",
     "data.shards", "data.duplicates", "data.storyworld", "data.sources", "data.prepare", "data.batches", "ngrams",
     "decoder", "generation", "evaluation",
     "judging.comparison", "judging.sides", "judging.contest", "judging.novelty", "judging.characters", "judging.scorecard", "judging.judge", "judging.minimal_pairs", "judging.harness",
     "preflight",
-    "training.schedule", "training.optimizer", "training.objectives", "training.guards", "training.alarm", "training.saver", "training.trainer",
+    "training.schedule", "training.state", "training.optimizer", "training.objectives", "training.guards", "training.alarm", "training.saver", "training.validation", "training.setting_out", "training.past", "training.trainer",
     "export.destination", "export.card", "export.names", "export.pieces", "export.huggingface_config", "export.fast_tokenizer", "export.huggingface", "export.gguf", "export.llamacpp", "export.certificate", "export.hub", "export.llama2c", "export.html",
     "reliability.trials", "reliability.disks", "reliability.promises",
-    "plots", "reporting.dossier", "reporting.wording", "reporting.markup", "reporting.chart", "reporting.html", "reporting.markdown", "api",
+    "plots", "reporting.dossier", "reporting.wording", "reporting.markup", "reporting.chart", "reporting.html", "reporting.markdown", "api", "deploy",
     "serve.protocol", "serve.meters", "serve.models", "serve.engine", "serve.report", "serve.guard", "serve.server",
-    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.compare", "commands.report", "commands.plot", "commands.bench", "commands.doctor",
+    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.compare", "commands.report", "commands.plot", "commands.bench", "commands.doctor", "commands.deploy",
     "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {
-    "torch.distributed": {"runtime"},
+    "torch.distributed": {"ranks"},
     "wandb": {"metrics"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},

@@ -20,7 +20,7 @@ from smalllm.decoder import Weights
 from smalllm.evaluation import evaluate_run
 from smalllm.generation import Completion, Generator, SamplingParams
 from smalllm.judging.scorecard import STORY_SAMPLING, score_run, tell
-from smalllm.training.trainer import Summary
+from smalllm.training.state import Summary
 from smalllm.training.trainer import train as train_run
 
 

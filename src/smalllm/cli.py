@@ -25,6 +25,7 @@ VERBS = {
     "export": "Write a model for transformers, llama.cpp, llama2.c or a browser, with proof.",
     "import": "Make a run of a model of another program.",
     "plot": "Draw loss and learning rate of runs.",
+    "deploy": "Train on another machine over ssh: push, launch, follow, fetch.",
     "bench": "Measure how fast this machine trains and decodes.",
     "doctor": "Check this installation and this machine.",
 }
@@ -101,7 +102,8 @@ def _told(error: BaseException) -> int:
         sentence, code = _sentence(error)
     except Exception as another:  # cyclopts loads every verb to say which one was meant
         sentence, code = _sentence(another)
-    _say(sentence)
+    if not getattr(error, "said", False):
+        _say(sentence)
     return code
 
 
@@ -117,7 +119,7 @@ def _sentence(error: BaseException) -> tuple[str, int]:
         case CycloptsError():
             return f"{_one_line(error)}\nTry: smalllm --help", EXIT_USAGE
         case UserError():
-            return f"error: {_one_line(error)}", EXIT_ERROR
+            return f"error: {_one_line(error)}", error.exit_code
         case KeyboardInterrupt():
             return "interrupted", EXIT_INTERRUPTED
         case OSError():

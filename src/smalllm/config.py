@@ -24,6 +24,9 @@ from smalllm.untrusted import content, printable
 class UserError(ValueError):
     """A mistake that the user can mend: one sentence with the setting, the value and the fix."""
 
+    exit_code = 1
+    said = False  # by another process of the same run
+
 
 class Section(BaseModel):
     """A frozen section: unknown keys are refused, numbers are finite."""
@@ -193,7 +196,10 @@ class TrainConfig(Section):
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="fused kernels on a CPU, torch.compile on CUDA; auto: where they pay"
     )
-    parallel: Literal["ddp"] = Field("ddp", description="how ranks share a step; one rank in this version")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="several ranks: a whole model at each, or its parameters in parts (for what fits in no single GPU)",
+    )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     evaluate_every: int = Field(0, ge=0, description="steps; 0: ten times a run")
     evaluate_tokens: int = Field(

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -129,6 +130,25 @@ class FileSystem:
                 self.remove_folder(path)
             else:
                 self.unlink(path)
+
+
+class Untouched(FileSystem):
+    """Changes nothing: the disk of those who train along while the first rank writes."""
+
+    def make_folder(self, path: Path) -> None: ...
+    def put(self, file: IO[bytes], data: Piece) -> None: ...
+    def sync(self, file: IO[bytes]) -> None: ...
+    def sync_folder(self, path: Path) -> None: ...
+    def rename(self, source: Path, target: Path) -> None: ...
+    def shorten(self, path: Path, size: int) -> None: ...
+    def unlink(self, path: Path) -> None: ...
+    def remove_folder(self, path: Path) -> None: ...
+
+    def open(self, path: Path, mode: str) -> IO[bytes]:
+        return open(os.devnull, mode, buffering=0)
+
+    def free_bytes(self, path: Path) -> int:
+        return sys.maxsize
 
 
 def no_space_left(error: OSError) -> bool:

@@ -34,6 +34,11 @@ def pick_device(wish: str = "auto") -> torch.device:
     return device
 
 
+def gpu_count() -> int:
+    """CUDA devices that PyTorch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def device_name(device: torch.device) -> str:
     """What the maker calls it."""
     if device.type == "cuda":

@@ -73,6 +73,14 @@ class Floors(Record):
         return [Floor(name, nats / tokens, nats / math.log(2) / max(1, size)) for name, nats in totals.items()]
 
 
+def newly_beaten(found: list[Floor], bits_per_byte: float, before: str) -> Floor | None:
+    """The largest n-gram model that a model with so many bits per byte is better than, when it is larger than ``before``."""
+    names = [floor.name for floor in found]
+    better = [floor for floor in found if bits_per_byte < floor.bits_per_byte]
+    known = names.index(before) if before in names else -1
+    return better[-1] if better and names.index(better[-1].name) > known else None
+
+
 def floors(dataset: TokenDataset) -> Floors:
     """The floors of a dataset: from the cache in its folder, else counted (seconds) and kept there if it can be written to.
     UserError for a damaged split."""

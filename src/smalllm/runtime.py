@@ -1,13 +1,15 @@
-"""Where and in which precision a run computes: device, autocast, loss scaling, ranks, seeds, compilation.
+"""Where and in which precision a run computes: device, autocast, loss scaling, seeds, compilation, memory.
 
-The only module that may know torch.distributed (one rank for now); models and losses are written as for one device in float32.
+Models and losses are written as for one device in float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
+from collections import defaultdict
 from contextlib import AbstractContextManager as ContextManager
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,9 +18,10 @@ from typing import Any, Literal
 import torch
 
 from smalllm import hardware
-from smalllm.config import TrainConfig, UserError
+from smalllm.config import RunConfig, UserError
 from smalllm.model import GPT
 from smalllm.native import build, kernels
+from smalllm.ranks import ALONE, Ranks
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Execution = Literal["plain", "native", "compiled"]
@@ -33,12 +36,11 @@ should stay in its cache; the fused kernel goes through a row at a time, and lar
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process of a run. ``rank`` of ``world`` computes its share of every step."""
+    """One process of a run, which computes its share of every step."""
 
     device: torch.device
     precision: Precision
-    rank: int = 0
-    world: int = 1
+    ranks: Ranks = ALONE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,11 +62,19 @@ class Runtime:
         hardware.synchronize(self.device)
 
 
-def make_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
-    """Probe the device and choose the precision: bf16 where it is fast, fp16 with loss scaling on other GPUs, else fp32."""
+def make_runtime(device: str = "auto", precision: str = "auto", ranks: Ranks = ALONE) -> Runtime:
+    """Probe the device and choose the precision: bf16 where it is fast, fp16 with loss scaling on other GPUs, else fp32.
+    Each rank of a machine gets a GPU of its own; UserError when there are too few."""
     chosen = hardware.pick_device(device)
+    if not ranks.lone and chosen.type == "cuda":
+        if chosen.index is not None or ranks.local_world > torch.cuda.device_count():
+            raise UserError(
+                f"train.device = {device} and {ranks.local_world} ranks on this machine with {torch.cuda.device_count()} GPUs:"
+                " start as many ranks as GPUs, with device=cuda or auto"
+            )
+        chosen = torch.device("cuda", ranks.local)
     hardware.self_test(chosen)
-    return Runtime(chosen, pick_precision(chosen, precision))
+    return Runtime(chosen, pick_precision(chosen, precision), ranks)
 
 
 def pick_precision(device: torch.device, wish: str) -> Precision:
@@ -150,50 +160,140 @@ class Fit:
     bytes: int
 
 
-def fit_memory(model: GPT, runtime: Runtime, train: TrainConfig) -> Fit:
+def fit_memory(
+    model: GPT, runtime: Runtime, config: RunConfig, *, held: int | None = None, device_bytes: int | None = None
+) -> Fit:
     """The fastest division of a step that stays within ``train.memory_gb`` (0: half of the device's memory): as many
     sequences per forward pass as the device likes, fewer if they do not fit, recomputation if not even one does.
 
-    UserError when the least that can be done needs more than a budget that was asked for."""
+    ``held`` is as in ``step_memory``; ``device_bytes`` is the memory of a device that is not here. UserError when the
+    least that can be done needs more than a budget that was asked for."""
+
+    def fit(size: int, recompute: bool) -> Fit:
+        tokens = size * model.config.context
+        return Fit(size, recompute, step_memory(model, runtime, config, tokens, recompute, held).total)
+
+    train = config.train
     if train.micro_batch and not train.memory_gb:
-        tokens = train.micro_batch * model.config.context
-        return Fit(train.micro_batch, train.recompute, step_bytes(model, runtime, tokens, train.recompute))
-    budget = train.memory_gb * 1e9 or 0.5 * hardware.total_memory(runtime.device)
-    context = model.config.context
-    sequences = train.batch_tokens // context
-    likes = max(1, (4096 if runtime.device.type == "cpu" else 32_768) // context)
+        return fit(train.micro_batch, train.recompute)
+    budget = train.memory_gb * 1e9 or 0.5 * (device_bytes or hardware.total_memory(runtime.device))
+    sequences = train.batch_tokens // model.config.context
+    likes = max(1, (4096 if runtime.device.type == "cpu" else 32_768) // model.config.context)
     # Equal pieces: one shape to compile.
     sizes = [size for size in range(train.micro_batch or min(sequences, likes), 0, -1) if sequences % size == 0]
     tries = [(size, recompute) for recompute in (False, True) if recompute or not train.recompute for size in sizes]
-    fits = [Fit(size, recompute, step_bytes(model, runtime, size * context, recompute)) for size, recompute in tries]
-    chosen = next((fit for fit in fits if fit.bytes <= budget), fits[-1])
+    fits = [fit(size, recompute) for size, recompute in tries]
+    least = min(fits, key=lambda fit: fit.bytes)
+    chosen = next((fit for fit in fits if fit.bytes <= budget), least)
     if train.memory_gb and chosen.bytes > budget:
         raise UserError(
-            f"train.memory_gb = {train.memory_gb:g}: this model needs about {chosen.bytes / 1e9:.2f} GB with"
-            f" micro_batch={chosen.micro_batch} and recomputation; raise train.memory_gb, or lower model.context or model.width"
+            f"train.memory_gb = {train.memory_gb:g}: this model needs about {least.bytes / 1e9:.2f} GB with"
+            f" micro_batch={least.micro_batch}{' and recomputation' if least.recompute else ''}; raise train.memory_gb, or"
+            " lower model.context or model.width"
         )
     return chosen
 
 
-def step_bytes(model: GPT, runtime: Runtime, tokens: int, recompute: bool) -> int:
-    """Peak memory of a training step with so many tokens per forward pass, in bytes: what the process holds now, gradients
-    and optimizer state, weights in the dtype of products, activations kept for the backward pass, a chunk of the loss.
+HEAP = {"cpu": 1.3, "cuda": 1.1, "mps": 1.1}
+"""What comes and goes within a step takes so many times its size, because free memory lies in pieces: on a CPU glibc's
+heap, measured (docs/planning.md); on GPUs assumed."""
+PROCESS_BYTES = {"cpu": 30_000_000, "cuda": 500_000_000, "mps": 200_000_000}
+"""What a process comes to hold besides: threads and libraries, on a GPU the driver's context, which is assumed."""
+CHECKPOINTING_BYTES = 160_000_000
+"""Of modules that torch loads when the first block is recomputed: torch._dynamo."""
 
-    Counted from what native/kernels.py and autograd keep; on a CPU within 2 % of what three
-    recipes were measured to take (docs/log.md); not compared on a GPU yet."""
-    config, low = model.config, runtime.dtype.itemsize
-    fused = runtime.device.type == "cpu" and kernels.supports(config)
-    qkv = (config.heads + 2 * config.key_value_heads) * config.head_width
-    up = config.hidden_width * (2 if config.activation == "swiglu" else 1)
-    kept = low * (3 * config.width + qkv + up + config.hidden_width) + 8 * config.width  # of a token in a block
-    if not fused:  # norms and products keep float32 copies of what they read
-        kept += 8 * config.width + 4 * config.head_width * (config.heads + config.key_value_heads)
-    between = (4 + low) * config.width
-    blocks = config.layers * between + 2 * kept if recompute else (config.layers + 1) * kept
-    head = model.head.weight.numel() * (4 + low) + 2 * CHUNK_BYTES["native" if fused else runtime.device.type]
-    held = hardware.memory_now(runtime.device)
-    copies = 12 * model.parameters_count()  # of weights and optimizer, while a checkpoint is written beside training
-    return held + copies + model.parameters_count() * (12 + low) + tokens * (blocks + 4 * config.width) + head
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Peak memory of training by what holds it, in bytes. ``process``: all that does not depend on the model;
+    ``checkpoint``: the copy that is written while training goes on; ``update``: what the optimizer's update needs for a
+    moment beyond activations and logits, which are free by then."""
+
+    process: int
+    weights: int
+    gradients: int
+    optimizer: int
+    checkpoint: int
+    activations: int
+    logits: int
+    update: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def step_memory(
+    model: GPT, runtime: Runtime, config: RunConfig, tokens: int, recompute: bool, held: int | None = None
+) -> StepMemory:
+    """Peak memory of training with so many tokens per forward pass, when a step has several of them.
+
+    Counted from what native/kernels.py, autograd and the optimizers keep, for a model that may be on the meta device.
+    ``held`` is what the process holds besides the model; None: what this one does now. On a CPU within 8 % of the peak
+    resident memory of the runs in docs/planning.md; not compared on a GPU yet."""
+    device = runtime.device.type
+    parameters, matrices = model.parameters_count(), _matrices(model) if config.optim.kind == "muon" else {}
+    if held is None:
+        own = 0 if model.embedding.weight.is_meta else 4 * parameters
+        held = hardware.memory_now(runtime.device) - own
+    of_muon, largest = sum(matrices.values()), max(matrices.values(), default=0)
+    state = 8 * parameters - 4 * of_muon
+    activations = HEAP[device] * _activation_bytes(model, runtime, config, tokens, recompute)
+    logits = HEAP[device] * _logit_bytes(model, runtime, config)
+    # Muon: every matrix's direction, and for those of the largest shape stacks in float32 and bfloat16.
+    update = HEAP[device] * (4 * of_muon + 12 * largest)
+    return StepMemory(
+        process=held + PROCESS_BYTES[device] + (CHECKPOINTING_BYTES if recompute and device == "cpu" else 0),
+        weights=4 * parameters, gradients=4 * parameters, optimizer=state,
+        checkpoint=4 * parameters + state if device == "cpu" else 0,  # elsewhere in the memory of the host
+        activations=round(activations), logits=round(logits), update=max(0, round(update - activations - logits)),
+    )  # fmt: skip
+
+
+def _fused(model: GPT, runtime: Runtime, config: RunConfig) -> bool:
+    return runtime.device.type == "cpu" and config.train.compile != "off" and kernels.supports(model.config)
+
+
+def _activation_bytes(model: GPT, runtime: Runtime, config: RunConfig, tokens: int, recompute: bool) -> int:
+    """What the forward pass keeps for the backward pass, and what that adds in the block where it begins."""
+    shape, low = model.config, runtime.dtype.itemsize
+    qkv = (shape.heads + 2 * shape.key_value_heads) * shape.head_width
+    up = shape.hidden_width * (2 if shape.activation == "swiglu" else 1)
+    kept = low * (3 * shape.width + qkv + up + shape.hidden_width) + 8 * shape.width  # of a token in a block
+    if not _fused(model, runtime, config):  # norms and products keep float32 copies of what they read
+        kept += 8 * shape.width + 4 * shape.head_width * (shape.heads + shape.key_value_heads)
+    if shape.dropout:  # masks; and on a CPU attention keeps its weights
+        kept += 2 * (4 + low) * shape.width
+        kept += (8 + low) * shape.heads * shape.context if runtime.device.type == "cpu" else 0
+    between, ends = (4 + low) * shape.width, (8 + 2 * low) * shape.width
+    blocks = shape.layers * between + 2 * kept if recompute else (shape.layers + 1) * kept
+    body = model.parameters_count() - model.embedding_parameters()
+    weights = 0 if runtime.precision == "fp32" or recompute else low * body  # in the dtype of products
+    return tokens * (blocks + ends) + weights
+
+
+def _logit_bytes(model: GPT, runtime: Runtime, config: RunConfig) -> int:
+    """A chunk of the loss, the head in the dtype of products, and its gradient: that of this micro-batch, of the one
+    before, and once more where autograd scales it."""
+    low, fused = runtime.dtype.itemsize, _fused(model, runtime, config)
+    head = model.head.weight.numel() * (12 + (0 if runtime.precision == "fp32" else low))
+    # Fused: one buffer in the dtype of products. Else float32 logits, their slope, and what they were made from.
+    chunk = CHUNK_BYTES["native"] * low // 4 if fused else 3 * CHUNK_BYTES[runtime.device.type]
+    return head + chunk
+
+
+def _matrices(model: GPT) -> dict[tuple[int, int], int]:
+    """Entries of the blocks' matrices by shape, as Muon gathers them: stacked ones (query, key, value; gate and value)
+    apart."""
+    found: dict[tuple[int, int], int] = defaultdict(int)
+    shape = model.config
+    keys, halves = shape.key_value_heads * shape.head_width, 2 if shape.activation == "swiglu" else 1
+    for rows, columns, count in (
+        (shape.width, shape.width, 2), (keys, shape.width, 2), (shape.hidden_width, shape.width, halves),
+        (shape.width, shape.hidden_width, 1),
+    ):  # fmt: skip
+        found[rows, columns] += shape.layers * count * rows * columns
+    return found
 
 
 def eager(compiled: bool) -> ContextManager[Any]:

@@ -23,7 +23,7 @@ from smalllm.native import build
 from smalllm.terminal import LastingOutput, plain
 
 if TYPE_CHECKING:
-    from smalllm.training.trainer import Summary
+    from smalllm.training.state import Summary
 
 PROGRAM = "uv run smalllm" if "UV_RUN_RECURSION_DEPTH" in os.environ else "smalllm"
 """How the user called us, so that hints can be copied."""
@@ -37,6 +37,7 @@ def train(
     minutes: Annotated[float | None, Parameter(name="--minutes")] = None,
     fresh: Annotated[bool, Parameter(name="--fresh", negative="")] = False,
     force: Annotated[bool, Parameter(name="--force", negative="")] = False,
+    gpus: Annotated[int | None, Parameter(name="--gpus")] = None,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Train a model, or continue a run that was stopped.
@@ -55,13 +56,21 @@ def train(
         Start again; an old run is moved aside.
     force
         Continue a run even with settings or data after which its figures do not compare with those before.
+    gpus
+        Train on so many GPUs of this machine, a process each (with train.device=cpu: so many processes on the CPU).
     json_output
         Print one JSON object to standard output, everything else to standard error.
     """
+    config = settings(words, data, minutes)
+    if gpus is not None:
+        flags = [flag for flag, given in (("--force", force), ("--json", json_output)) if given]
+        return start_ranks(config, gpus, [*words, *_given(data=data, out=out, minutes=minutes), *flags], fresh)
     build.begin("kernels", "decode")  # while torch is imported and data is prepared
+    from smalllm.ranks import is_first
     from smalllm.training.trainer import train as train_run
 
-    config = settings(words, data, minutes)
+    if not is_first():
+        return _code(train_run(config, out, fresh=fresh, force=force).stopped_because)
     console = Console(file=cast(TextIO, LastingOutput(sys.stderr if json_output else sys.stdout)))
     display = Bars(console, config) if console.is_terminal else Lines(console, config)
     command = shlex.join(["smalllm", "train", *words, *_given(data=data, out=out, minutes=minutes)])
@@ -75,7 +84,25 @@ def train(
         print(json.dumps(json_safe(dataclasses.asdict(summary))))
     else:
         closing(console, summary)
-    return {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}.get(summary.stopped_because, 0)
+    return _code(summary.stopped_because)
+
+
+def _code(stopped_because: str) -> int:
+    return {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}.get(stopped_because, 0)
+
+
+def start_ranks(config: RunConfig, gpus: int, arguments: list[str], fresh: bool) -> int:
+    """The same command as so many ranks under torchrun's agent; the exit code. UserError when there are fewer GPUs."""
+    from smalllm.hardware import gpu_count
+    from smalllm.ranks import launch
+
+    if gpus < 1 or (config.train.device != "cpu" and gpus > gpu_count()):
+        raise UserError(
+            f"--gpus {gpus}: PyTorch sees {gpu_count()} GPUs here; give a number from 1 to that, or start processes on the CPU"
+            " with train.device=cpu"
+        )
+    first = ["train", *arguments, *(["--fresh"] if fresh else [])]
+    return launch(first, ["train", *arguments], gpus, lambda words: print(plain(words), file=sys.stderr, flush=True))
 
 
 def settings(words: tuple[str, ...], data: Path | None, minutes: float | None) -> RunConfig:

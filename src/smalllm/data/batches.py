@@ -192,8 +192,9 @@ class Prefetch:
 
     def __init__(
         self, batches: Batches, pin: bool = False, warn: Callable[[str], None] | None = None,
-        slow: float = 10.0, patience: float = 600.0,
+        slow: float = 10.0, patience: float = 600.0, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
+        self.rank, self.world = rank, world
         self.batches, self.pin = batches, pin  # pinned memory is copied to a GPU in the background
         self.warn, self.slow, self.patience = warn, slow, patience
         self.coming: _Coming | None = None
@@ -234,7 +235,7 @@ class Prefetch:
         return coming.result()
 
     def _make(self, step: int, micro_batch: int) -> list[Batch]:
-        made = list(self.batches.micro_batches(step, micro_batch))
+        made = list(self.batches.micro_batches(step, micro_batch, self.rank, self.world))
         return [batch.pinned() for batch in made] if self.pin else made
 
 

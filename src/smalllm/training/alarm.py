@@ -23,6 +23,7 @@ import torch
 
 from smalllm.model import GPT
 from smalllm.ngrams import Floor
+from smalllm.ranks import local
 
 FIRST_STEP = 8
 STARVED = 0.1
@@ -111,7 +112,7 @@ class Alarm:
 def zero_share(model: GPT) -> float:
     """The share of exact zeros in the gradients of the blocks' matrices; embeddings are left out, since most of their rows
     are of tokens that a batch does not have."""
-    gradients = [p.grad for p in model.blocks.parameters() if p.dim() == 2 and p.grad is not None]
+    gradients = [local(p.grad) for p in model.blocks.parameters() if p.dim() == 2 and p.grad is not None]
     size = sum(gradient.numel() for gradient in gradients)
     if not size:
         return 0.0

@@ -6,20 +6,27 @@ The guard against spikes knows two numbers a step; the report knows the model, i
 from __future__ import annotations
 
 import math
+import signal
 import statistics
+import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from smalllm.data.batches import Batches
 from smalllm.model import GPT
+from smalllm.ranks import local
 from smalllm.terminal import plain
 from smalllm.tokenizer import Tokenizer
 
 WINDOW = 128
 """Steps that a spike is compared with; no step is one before half of them are known."""
+ECHO_SECONDS = 1.0
+"""Among ranks, Ctrl-C comes from the terminal and once more from torchrun: what comes so soon is no second one."""
 ROWS, CHARACTERS = 8, 500
 """Of the batch that a failure report shows."""
 
@@ -52,10 +59,38 @@ class SpikeGuard:
         self.seen = deque(((loss, norm) for loss, norm in seen), maxlen=WINDOW)
 
 
+@contextmanager
+def signals(hear: Callable[[int], None], echo: bool = False) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP are told to ``hear``; the second one ends the program at once (KeyboardInterrupt). Those that
+    are ignored, as SIGHUP under nohup, stay so. ``echo``: somebody repeats each signal."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[float] = []
+
+    def note(number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if heard and echo and now - heard[0] < ECHO_SECONDS:
+            return
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(now)
+        hear(number)
+
+    previous = {name: signal.signal(getattr(signal, name), note) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in previous.items():
+            signal.signal(getattr(signal, name), handler)
+
+
 def gradient_norms(model: GPT) -> dict[str, float]:
-    """The L2 norm of each parameter's gradient, by name; parameters without one are left out."""
+    """The L2 norm of each parameter's gradient (of a sharded one: this rank's part), by name; those without one are left out."""
     named = ((name, parameter.grad) for name, parameter in model.named_parameters())
-    return {name: torch.linalg.vector_norm(grad.float()).item() for name, grad in named if grad is not None}
+    return {name: torch.linalg.vector_norm(local(grad).float()).item() for name, grad in named if grad is not None}
 
 
 def failure_report(

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from smalllm.data.batches import IGNORE, Batch
@@ -27,6 +27,17 @@ def cross_entropy_sum(
     hidden = model.hidden(batch.inputs, starts=batch.starts)
     with torch.autocast(batch.inputs.device.type, enabled=False):
         return linear_cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.targets.flatten(), dtype, execution)
+
+
+class SummedLoss(nn.Module):
+    """``cross_entropy_sum`` of a model as a module, which is what can be shared among ranks."""
+
+    def __init__(self, model: GPT, dtype: torch.dtype, execution: Execution) -> None:
+        super().__init__()
+        self.model, self.dtype, self.execution = model, dtype, execution
+
+    def forward(self, batch: Batch) -> Tensor:
+        return cross_entropy_sum(self.model, batch, self.dtype, self.execution)
 
 
 def linear_cross_entropy(

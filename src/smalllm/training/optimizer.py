@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 
 from smalllm.config import OptimConfig, UserError
 from smalllm.model import GPT, MLP, Attention
+from smalllm.ranks import ALONE, Ranks, is_sharded, local
 
 Polynomials = tuple[tuple[float, float, float], ...]
 """(a, b, c) of each iteration x -> a x + b (x x') x + c (x x')^2 x."""
@@ -53,7 +54,7 @@ class AdamW(Part):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             states = [self._state(parameter) for parameter in parameters]
             adamw(
-                parameters, [parameter.grad for parameter in parameters], [state["exp_avg"] for state in states],
+                [local(parameter) for parameter in parameters], [local(parameter.grad) for parameter in parameters], [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
                 foreach=False, fused=self.fused, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=group["lr"],
                 weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
@@ -62,7 +63,7 @@ class AdamW(Part):
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         if parameter not in self.state:
             step = torch.zeros((), device=parameter.device if self.fused else "cpu")
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            moments = {name: torch.zeros_like(local(parameter)) for name in ("exp_avg", "exp_avg_sq")}
             self.state[parameter] = {"step": step, **moments}
         return self.state[parameter]
 
@@ -72,7 +73,8 @@ class Muon(Part):
 
     With ``QUINTIC`` equal to ``torch.optim.Muon`` (Nesterov momentum 0.95, bfloat16, update scaled by max(1, rows /
     columns) ** 0.5, decoupled weight decay), but matrices of equal shape go through the iterations in one batched product.
-    A parameter that stacks several matrices by rows (query, key, value) is split as ``splits`` says.
+    A parameter that stacks several matrices by rows (query, key, value) is split as ``splits`` says. With several ranks each
+    does its share of the matrices, and tells the others.
     """
 
     def __init__(
@@ -83,41 +85,58 @@ class Muon(Part):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         polynomials: Polynomials = POLAR,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__([{"params": parameters, "momentum": momentum, "weight_decay": weight_decay}], lr)
-        self.splits, self.polynomials = splits, polynomials
+        self.splits, self.polynomials, self.ranks = splits, polynomials, ranks
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            by_shape: dict[tuple[int, ...], list[tuple[Tensor, int, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                direction = self._direction(parameter, group["momentum"])
+                direction = self.ranks.whole(self._direction(parameter, group["momentum"]), parameter)
                 rows = self.splits.get(parameter, [parameter.shape[0]])
-                for target, piece in zip(parameter.split(rows), direction.split(rows), strict=True):
-                    by_shape[tuple(piece.shape)].append((target, piece))
-            for shape, pairs in by_shape.items():
-                self._update(shape, pairs, group["lr"], group["weight_decay"])
+                for number, piece in enumerate(direction.split(rows)):
+                    by_shape[tuple(piece.shape)].append((parameter, number, piece))
+            updates: dict[Tensor, dict[int, Tensor]] = defaultdict(dict)
+            for pieces in by_shape.values():
+                found = self._orthogonalized([piece for _, _, piece in pieces])
+                for (parameter, number, _), update in zip(pieces, found, strict=True):
+                    updates[parameter][number] = update
+            for parameter, parts in updates.items():
+                self._update(parameter, [parts[number] for number in sorted(parts)], group["lr"], group["weight_decay"])
 
-    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov momentum of the gradient."""
+    def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum of the gradient (of this rank's part of it)."""
         assert parameter.grad is not None
+        gradient = local(parameter.grad)
         if parameter not in self.state:
-            self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-        buffer = self.state[parameter]["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
-        return parameter.grad.lerp(buffer, momentum)
+            self.state[parameter] = {"momentum_buffer": torch.zeros_like(gradient)}
+        buffer = self.state[parameter]["momentum_buffer"].lerp_(gradient, 1.0 - momentum)
+        return gradient.lerp(buffer, momentum)
 
-    def _update(
-        self, shape: tuple[int, ...], pairs: list[tuple[Tensor, Tensor]], lr: float, weight_decay: float
-    ) -> None:
-        scale = max(1.0, shape[0] / shape[1]) ** 0.5
-        updates = orthogonalize(torch.stack([piece for _, piece in pairs]), self.polynomials)
-        for (target, _), update in zip(pairs, updates, strict=True):
-            if weight_decay:
-                target.mul_(1.0 - lr * weight_decay)
-            target.add_(update, alpha=-lr * scale)
+    def _orthogonalized(self, matrices: list[Tensor]) -> Tensor:
+        """Matrices of equal shape, stacked; each rank does an equal number of them, some of which may be there to make it so."""
+        share = -(-len(matrices) // self.ranks.world)
+        mine = matrices[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        mine += [torch.zeros_like(matrices[0])] * (share - len(mine))
+        return self.ranks.exchange(orthogonalize(torch.stack(mine), self.polynomials))[: len(matrices)]
+
+    def _update(self, parameter: Tensor, updates: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Decay, then go along the updates of the matrices that the parameter stacks, in the rows that this rank has."""
+        target, start = local(parameter), 0
+        first, end = self.ranks.rows_of(parameter)
+        if weight_decay:
+            target.mul_(1.0 - lr * weight_decay)
+        for update in updates:
+            scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+            low, high = max(first, start), min(end, start + len(update))
+            if low < high:
+                target[low - first : high - first].add_(update[low - start : high - start], alpha=-lr * scale)
+            start += len(update)
 
 
 def orthogonalize(matrices: Tensor, polynomials: Polynomials = POLAR) -> Tensor:
@@ -135,13 +154,14 @@ def orthogonalize(matrices: Tensor, polynomials: Polynomials = POLAR) -> Tensor:
 class Optimizer:
     """The optimizers of a run behind one face: ``zero_grad``, ``step``, named state in and out."""
 
-    def __init__(self, model: GPT, config: OptimConfig, device: torch.device) -> None:
+    def __init__(self, model: GPT, config: OptimConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.named = dict(model.named_parameters())
         self.fused = device.type in ("cpu", "cuda")
         self.parts: list[Part] = []
         muon = block_matrices(model) if config.kind == "muon" else {}
         if muon:
-            self.parts.append(Muon(list(muon), muon, config.lr, weight_decay=config.weight_decay))
+            self.parts.append(Muon(list(muon), muon, config.lr, weight_decay=config.weight_decay, ranks=ranks))
         rest = [parameter for parameter in model.parameters() if parameter not in muon]
         self.parts.append(
             AdamW(decay_groups(rest, config.weight_decay), config.adamw_lr, config.betas, fused=self.fused)
@@ -170,12 +190,15 @@ class Optimizer:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """``<parameter>.<slot>`` -> tensor; scalars as float32 tensors of no dimension."""
+        """``<parameter>.<slot>`` -> tensor; scalars as float32 tensors of no dimension. Of sharded parameters the first rank
+        gets all, whole and on the CPU; all ranks must call this."""
         tensors = {}
         for name, parameter in self.named.items():
             for part in self.parts:
                 for slot, value in part.state.get(parameter, {}).items():
-                    tensors[f"{name}.{slot}"] = torch.as_tensor(value)
+                    whole = self.ranks.whole(value, parameter)
+                    if self.ranks.first:
+                        tensors[f"{name}.{slot}"] = whole.cpu() if is_sharded(parameter) else whole
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -195,7 +218,7 @@ class Optimizer:
             part.state[parameter] = {
                 slot: value.clone()
                 if slot == "step" and not self._step_on_device(parameter)
-                else value.to(parameter.device).clone()
+                else self.ranks.part_of(value, parameter).to(parameter.device).clone()
                 for slot, value in slots.items()
             }
 

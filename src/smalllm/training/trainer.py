@@ -12,11 +12,9 @@ import dataclasses
 import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +23,26 @@ import torch
 
 from smalllm import hardware
 from smalllm.checkpoint import (
-    Checkpoint,
     RunFolder,
     Snapshot,
+    assemble,
+    check_weights,
     copy_weights,
     is_milestone,
     model_weights,
 )
 from smalllm.config import RunConfig, UserError, changed_settings
 from smalllm.data.batches import Batches, Prefetch
-from smalllm.data.prepare import PrepareProgress, prepare
-from smalllm.data.shards import TokenDataset
-from smalllm.evaluation import Evaluation, score_documents, storyworld_floor
-from smalllm.files import no_space_left
+from smalllm.data.prepare import PrepareProgress
+from smalllm.evaluation import Evaluation, storyworld_floor
+from smalllm.files import Untouched, no_space_left
 from smalllm.generation import Generator, SamplingParams
 from smalllm.metrics import Display, MetricsLog, Record, Silence, Sinks, Throughput, json_safe, model_flops_utilization
 from smalllm.model import GPT
 from smalllm.native import build
-from smalllm.ngrams import Floor, Floors, floors
+from smalllm.ngrams import Floors, floors, newly_beaten
 from smalllm.preflight import preflight, require
+from smalllm.ranks import ALONE, Ranks, gathered, joined, local
 from smalllm.runtime import (
     Execution,
     Runtime,
@@ -56,22 +55,19 @@ from smalllm.runtime import (
     set_deterministic,
 )  # fmt: skip
 from smalllm.training.alarm import Alarm, zero_share
-from smalllm.training.guards import SpikeGuard, failure_report, gradient_norms
-from smalllm.training.objectives import cross_entropy_sum
+from smalllm.training.guards import SpikeGuard, failure_report, gradient_norms, signals
+from smalllm.training.objectives import SummedLoss
 from smalllm.training.optimizer import Optimizer
+from smalllm.training.past import Past, newest
 from smalllm.training.saver import Saver
 from smalllm.training.schedule import Plan, lr_fraction
+from smalllm.training.setting_out import common_facts, divisible, open_data, settled
+from smalllm.training.state import UNPLANNED, State, Summary
+from smalllm.training.validation import EVALUATIONS, FINAL_TOKENS, affordable_tokens, first_documents, score_together
 
-EVALUATIONS = 10
-"""Evaluations of a run when ``evaluate_every`` is 0."""
-EVALUATION_SHARE = 0.012
-"""Share of the time for validation loss; the sample stories take about as much again: 2 % in all."""
-FINAL_TOKENS = 200_000
-"""Validation tokens at most of the figure that ends a run; ``smalllm evaluate`` scores all of them."""
 SKIPS_IN_A_ROW = 10
 ROLLBACKS = 3
 """Times that a run goes back to its last checkpoint because of spikes, before it gives up."""
-UNPLANNED = 10**9
 
 
 class TrainingFailure(UserError):
@@ -82,118 +78,46 @@ class _Interrupted(Exception):
     """A signal came during an evaluation."""
 
 
-@dataclass
-class State:
-    """The numbers of a run, besides its tensors."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    plan: Plan = field(default_factory=lambda: Plan(UNPLANNED))
-    window_loss: float = 0.0
-    window_tokens: int = 0
-    best_step: int | None = None
-    best_bits_per_byte: float = math.inf
-    evaluations_without_gain: int = 0
-    evaluate_tokens: int = 0
-    evaluation_due: bool = False
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    spikes_in_a_row: int = 0
-    rollbacks: int = 0
-    passed_over: int = 0
-    """Steps whose data a rollback left out: step s reads the batch of step s + passed_over."""
-    spike_window: list[tuple[float, float]] = field(default_factory=list)
-    timer: dict[str, Any] = field(default_factory=dict)
-    evaluation_seconds: float = 0.0
-    stopping: str = ""
-    floors: list[dict[str, Any]] = field(default_factory=list)
-    """n-gram models on the validation documents of this run: name, loss, bits_per_byte; and the best that was beaten."""
-    beaten: str = ""
-    alarm: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        return values | {"best_bits_per_byte": None if math.isinf(self.best_bits_per_byte) else self.best_bits_per_byte}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> State:
-        """The inverse of ``to_json``."""
-        best = values["best_bits_per_byte"]
-        return cls(
-            **values | {"plan": Plan(**values["plan"]), "best_bits_per_byte": math.inf if best is None else best}
-        )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended: the keys of ``smalllm train --json``."""
-
-    run: str
-    step: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    mfu: float
-    train_loss: float | None
-    valid_loss: float
-    valid_bits_per_byte: float
-    best_step: int | None
-    stopped_because: str
-    floor_bits_per_byte: float | None = None  # the exact entropy of the same documents, where the corpus has one
-
-
-def open_data(config: RunConfig, progress: Callable[[PrepareProgress], None] | None = None) -> TokenDataset:
-    """The run's prepared data; prepared from its source first when it is missing."""
-    path, data = config.data_path, config.data
-    if not (path / "manifest.json").exists():
-        if not data.source:
-            raise UserError(f"data.path = {path} holds no prepared data; run: smalllm prepare SOURCE --out {path}")
-        prepare(
-            [data.source], path, vocab_size=data.vocab_size, valid=data.valid or None, num_files=data.num_files or None,
-            sample_rate=data.sample_rate, limit=data.limit or None, seed=config.seed, progress=progress,
-        )  # fmt: skip
-    return TokenDataset.open(path)
-
-
-def settled(config: RunConfig, dataset: TokenDataset) -> RunConfig:
-    """The settings with the vocabulary of the data; UserError when the recipe insists on another one."""
-    vocab_size = dataset.manifest.vocab_size
-    if config.model.vocab_size not in (0, vocab_size):
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size} but the data in {dataset.folder} has {vocab_size} pieces;"
-            f" set model.vocab_size={vocab_size}, or prepare with --vocab-size {config.model.vocab_size}"
-        )
-    return config.replace(model={"vocab_size": vocab_size}, data={"path": str(dataset.folder)})
-
-
 class Trainer:
-    """One run: made once, ``fit`` once. The folder must be locked by the caller."""
+    """One run: made once, ``fit`` once. The folder must be locked by the caller. With several ``ranks`` each has a trainer, and
+    all of them come to the same calls in the same order; the first writes and speaks."""
 
     def __init__(
         self, config: RunConfig, folder: RunFolder, *, display: Display | None = None,
         progress: Callable[[PrepareProgress], None] | None = None, clock: Callable[[], float] = time.monotonic,
-        command: str = "", force: bool = False,
+        command: str = "", force: bool = False, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        self.clock, self.force = clock, force
+        self.clock, self.force, self.ranks = clock, force, ranks
         self.folder, self.display, self.command = folder, display or Silence(), command
-        self.runtime: Runtime = make_runtime(config.train.device, config.train.precision)
+        self.runtime: Runtime = make_runtime(config.train.device, config.train.precision, ranks)
         set_deterministic(self.runtime.device)
-        self.dataset = open_data(config, progress)
+        self.dataset = open_data(config, progress, ranks)
         self.started = clock()  # preparing the data is not training time
         self.config = settled(config, self.dataset)
         self.tokenizer = self.dataset.tokenizer()
         model, train = self.config.model, self.config.train
+        divisible(self.config, ranks)
+        ranks.must_agree(common_facts(self.config, self.dataset, self.runtime))
         self.batches = Batches(
             self.dataset.train, model.context, train.batch_tokens, self.config.seed, self.config.data.packing
         )
-        self.prefetch = Prefetch(self.batches, pin=self.runtime.device.type == "cuda", warn=self.display.note)
+        self.prefetch = Prefetch(
+            self.batches,
+            pin=self.runtime.device.type == "cuda",
+            warn=self.display.note,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
         seed_everything(self.config.seed)
         self.model = GPT(model).to(self.runtime.device).train()
-        self.optimizer = Optimizer(self.model, self.config.optim, self.runtime.device)
+        self.sharded = train.parallel == "fsdp" and not ranks.lone
+        if self.sharded:
+            ranks.shard(self.model, list(self.model.blocks), self.runtime.device)
+        self.optimizer = Optimizer(self.model, self.config.optim, self.runtime.device, ranks)
         self.scaler = self.runtime.make_scaler()
-        fit = fit_memory(self.model, self.runtime, train)
-        self.micro_batch, self.model.recompute = fit.micro_batch, fit.recompute
+        fit = fit_memory(self.model, self.runtime, self.config)
+        self.micro_batch = -int(ranks.most(-fit.micro_batch)[0])
+        self.model.recompute = bool(ranks.most(fit.recompute)[0])
         self.state = State(plan=Plan(train.steps or UNPLANNED))
         self.spikes = SpikeGuard(train.spike_sigmas)
         self.floors: Floors | None = None
@@ -203,13 +127,15 @@ class Trainer:
         self.saver = Saver(folder, train.keep, (self.log_file, self.sample_file))
         self.record: Record = {}
         self.execution: Execution = "plain"
-        self.signal: int = 0
+        self.loss: torch.nn.Module = SummedLoss(self.model, self.runtime.dtype, self.execution)
+        self.signal = self.heard = 0  # what came here, and what all ranks know of
 
     # ── the loop ──
 
     def fit(self) -> Summary:
         """Train to the end of the plan, or until stopped; returns how it went. The last checkpoint is always written."""
-        with self._signals(), contextlib.closing(self.prefetch), self._reported():
+        echo = not self.ranks.lone
+        with signals(self.heed, echo), contextlib.closing(self.prefetch), self._reported():
             self.count_floors()
             self.begin()
             while not self.finished():
@@ -258,8 +184,8 @@ class Trainer:
         state.tokens += tokens
         self.timer.add(self.clock() - train_start, tokens)
         self.record = {"lr": lr, "gradient_norm": norm}
-        if self.saver.thread is None:  # the first step of a session: the optimizer has its state now
-            self.saver.make_room(self.snapshot())
+        if self.saver.thread is None and self.ranks.first and not self.sharded:
+            self.saver.make_room(self.snapshot())  # the first step of a session: the optimizer has its state now
 
     def accumulate(self, tokens: int) -> float:
         """Gradient of (sum of losses) / tokens over the micro-batches of the step; returns that loss."""
@@ -271,6 +197,11 @@ class Trainer:
             elif self.micro_batch == 1:
                 raise TrainingFailure(
                     "out of memory with one sequence at a time; set model.context or model.width lower, or train.recompute=true"
+                ) from None
+            elif not self.ranks.lone:  # the others are in the midst of their exchange and cannot begin the step anew
+                raise TrainingFailure(
+                    f"rank {self.ranks.rank} is out of memory with train.micro_batch = {self.micro_batch}; set it to"
+                    f" {self.micro_batch // 2}, the mathematics is the same"
                 ) from None
             else:
                 self.micro_batch //= 2
@@ -284,38 +215,44 @@ class Trainer:
 
     def _forget_compiler(self, error: Exception) -> None:
         """Go on without torch.compile if that may be what failed; else raise."""
-        if not (self.execution == "compiled" and self.timer.steps == 0):
+        if not (self.execution == "compiled" and self.timer.steps == 0 and self.ranks.lone):
             raise error
         forget_compiled(self.model)
         self.execution = "plain"
+        self.loss = SummedLoss(self.model, self.runtime.dtype, "plain")
         self.display.note(f"torch.compile failed ({type(error).__name__}); going on without it")
 
     def _accumulate(self, tokens: int) -> float:
         total = torch.zeros((), device=self.runtime.device)
-        for index, batch in enumerate(self.prefetch.step(self.data_step, self.micro_batch)):
+        batches = self.prefetch.step(self.data_step, self.micro_batch)
+        share = tokens / self.ranks.world  # gradients are averaged over ranks
+        for index, batch in enumerate(batches):
             if self.config.model.dropout:
-                seed_everything(self.config.seed, self.state.step, index)
-            with self.runtime.autocast():
-                batch = batch.to(self.runtime.device)
-                loss = cross_entropy_sum(self.model, batch, self.runtime.dtype, self.execution) / tokens
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                place = () if self.ranks.lone else (self.ranks.rank,)
+                seed_everything(self.config.seed, self.state.step, index, *place)
+            with self.ranks.micro_batch(self.loss, self.model, index + 1 == len(batches)):
+                with self.runtime.autocast():
+                    loss = self.loss(batch.to(self.runtime.device)) / share
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             total += loss.detach()
-        return total.item()
+        return self.ranks.sum(total.item() / self.ranks.world)[0]
 
     def unscaled_norm(self) -> float:
         """Norm of the whole gradient, after loss scaling is undone."""
         if self.scaler is not None:
             for part in self.optimizer.parts:
                 self.scaler.unscale_(part)  # type: ignore[arg-type]  # it reads param_groups alone
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).item()
+        norm = torch.nn.utils.get_total_norm(self._gradients()).item()
+        return math.sqrt(self.ranks.sum(norm**2)[0]) if self.sharded else norm
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [local(p.grad) for p in self.model.parameters() if p.grad is not None]
 
     def clip(self, norm: float) -> None:
         """Scale the gradient down to norm ``optim.clip`` if it is longer (Pascanu et al., arXiv 1211.5063)."""
         limit = self.config.optim.clip
         if limit and norm > limit:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+            torch._foreach_mul_(self._gradients(), limit / (norm + 1e-6))
 
     def skip(self, loss: float, norm: float) -> None:
         """Count a step whose loss or gradient is not finite; ten in a row end the run."""
@@ -349,7 +286,7 @@ class Trainer:
         self.folder.drop_after(
             step + 1 - self.state.spikes_in_a_row
         )  # what was saved among the spikes leads there again
-        checkpoint = self.folder.newest_valid(warn=self.display.note)
+        checkpoint = self.newest()
         if checkpoint is None or rollbacks >= ROLLBACKS:
             raise TrainingFailure(
                 f"{SKIPS_IN_A_ROW} steps in a row stood out, the last at step {step + 1}, after {rollbacks} rollbacks;"
@@ -376,7 +313,8 @@ class Trainer:
     def count_floors(self) -> None:
         """Learn what counting n-grams predicts of this data; the second that it takes once is not training time."""
         began = self.clock()
-        self.floors = floors(self.dataset)
+        with self.ranks.one_by_one("floors"):
+            self.floors = floors(self.dataset)
         self.state.floors = [dataclasses.asdict(floor) for floor in self.floors.on()] if self.floors else []
         self.alarm = self.make_alarm()
         self.started += self.clock() - began
@@ -388,7 +326,7 @@ class Trainer:
         """Resume from the newest checkpoint that verifies, or check everything and start."""
         self.timer = Throughput(self.clock)
         self.folder.sweep()
-        checkpoint = self.folder.newest_valid(warn=self.display.note)
+        checkpoint = self.newest()
         if checkpoint is not None:
             self.resume(checkpoint)
         else:
@@ -417,21 +355,26 @@ class Trainer:
     def preflight(self) -> None:
         """Find in seconds what would cost the run; UserError that names the check."""
         batch = next(self.batches.micro_batches(0, 2)).to(self.runtime.device)
+        model = assemble(self.config.model, self._weights(), "").to(self.runtime.device) if self.sharded else self.model
         with eager(self.execution == "compiled"):
-            checks = preflight(self.model, self.tokenizer, self.dataset, batch)
+            checks = preflight(model, self.tokenizer, self.dataset, batch)
         require(checks)
         self.display.note(
             f"preflight: {len(checks)} checks passed ({next(c.detail for c in checks if 'first loss' in c.name)})"
         )
 
-    def accelerate(self, checkpoint: Checkpoint | None) -> None:
+    def accelerate(self, checkpoint: Past | None) -> None:
         """Run the blocks as fast as this machine can; a resumed run as it did before, since other kernels round otherwise."""
         build.wait()
         wish, before = self.config.train.compile, checkpoint.state().get("execution") if checkpoint else None
-        if wish == "auto" and before == "plain":
-            wish = "off"
+        if wish == "auto" and (before == "plain" or (self.sharded and self.runtime.device.type == "cpu")):
+            wish = "off"  # fused kernels read whole weights
         pays = before == "compiled" or self.compile_pays()
         self.execution, reason = accelerate(self.model, wish, pays, self.runtime)
+        self.ranks.must_agree({"how their blocks run (a C++ compiler, train.compile)": self.execution})
+        self.loss = SummedLoss(self.model, self.runtime.dtype, self.execution)
+        if not self.ranks.lone and not self.sharded:
+            self.loss = self.ranks.shared(self.loss)
         if checkpoint is None and self.execution == "plain":
             self.display.note(f"training runs without fused kernels: {reason}")
         elif before not in (None, self.execution):
@@ -440,17 +383,21 @@ class Trainer:
     def compile_pays(self) -> bool:
         """Compiling costs 15 to 40 s and gains about a fifth: it pays from some four minutes of training."""
         train = self.config.train
-        speed = 0.3 * self.runtime.peak_flops() / self.model.flops_per_token()
+        speed = 0.3 * self.ranks.world * self.runtime.peak_flops() / self.model.flops_per_token()
         seconds = train.steps * train.batch_tokens / speed if train.steps else math.inf
         return min(seconds, train.minutes * 60 or math.inf) > 240
 
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def newest(self) -> Past | None:
+        """The newest checkpoint that verifies, found and read by the first rank."""
+        return newest(self.folder, self.ranks, self.display.note)
+
+    def resume(self, checkpoint: Past) -> None:
         """Restore everything that the future depends on; say what has changed since."""
         stored = checkpoint.state()
         if "training" not in stored:
             return self.adopt(checkpoint)
         self._refuse_other_run(stored)
-        old = self.folder.config()
+        old = checkpoint.settings()
         for change in changed_settings(old, self.config, self.force):
             self.display.note(f"continuing with {change}")
         self.restore(checkpoint)
@@ -460,19 +407,18 @@ class Trainer:
                 f" {stored['flavour']}, {stored['precision']}: the run goes on, but not bit for bit"
             )
         if not self.config.train.micro_batch:  # the same division gives the same bits; a smaller budget wins
-            self.micro_batch = (
-                min(stored["micro_batch"], self.micro_batch) if self.config.train.memory_gb else stored["micro_batch"]
-            )
+            fewer = self.config.train.memory_gb or not self.ranks.lone
+            self.micro_batch = min(stored["micro_batch"], self.micro_batch) if fewer else stored["micro_batch"]
         self._keep_plan(old)
         if self.state.best_step != self.folder.best_step():  # the hint of a checkpoint that was never finished
             self.folder.mark_best(self.state.best_step)
         self.rewind_logs()
         self.display.note(f"resumed from step {self.state.step}")
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Past) -> None:
         """Weights, optimizer, loss scaling and numbers as they were when the checkpoint was saved."""
         stored = checkpoint.state()
-        copy_weights(self.model, checkpoint.weights(), str(checkpoint.path))
+        self._copy_weights(checkpoint)
         self.optimizer.load_state_tensors(checkpoint.optimizer())
         if self.scaler is not None and stored["scaler"]:
             self.scaler.load_state_dict(stored["scaler"])
@@ -482,12 +428,21 @@ class Trainer:
         if self.state.timer:
             self.timer.restore(self.state.timer)
 
-    def adopt(self, checkpoint: Checkpoint) -> None:
+    @torch.no_grad()
+    def _copy_weights(self, checkpoint: Past) -> None:
+        weights = checkpoint.weights()
+        if not self.sharded:
+            return copy_weights(self.model, weights, str(checkpoint.path))
+        check_weights(self.model, weights, str(checkpoint.path))
+        for name, parameter in self.model.named_parameters():
+            local(parameter).copy_(self.ranks.part_of(weights[name], parameter))
+
+    def adopt(self, checkpoint: Past) -> None:
         """Begin with the weights of a model that was imported: they are all that its checkpoint holds."""
         self._refuse_other_tokenizer(checkpoint.state())
         if checkpoint.model_config() != self.config.model.model_copy(update={"dropout": 0.0}):
             raise UserError(f"{checkpoint.path} has another shape than [model] says; train {self.folder.config_file}")
-        copy_weights(self.model, checkpoint.weights(), str(checkpoint.path))
+        self._copy_weights(checkpoint)
         self.display.note("training goes on from the imported model")
 
     def rewind_logs(self) -> None:
@@ -525,7 +480,8 @@ class Trainer:
     def finished(self) -> bool:
         """Whether to stop before the next step; notes why."""
         state = self.state
-        if self.signal:
+        self.heard = int(self.ranks.most(self.signal)[0])
+        if self.heard:
             return True
         if state.step >= state.plan.steps:
             state.stopping = state.stopping or ("minutes" if self._limited_by_time() else "steps")
@@ -536,7 +492,9 @@ class Trainer:
         self.save_for_good()
         for log in (self.log_file, self.sample_file):
             self._written(log, log.flush)
-        documents = self._final_documents()
+        if self.heard:
+            return self._summary(signal.Signals(self.heard).name, None, None)
+        documents = first_documents(self.dataset, max(FINAL_TOKENS, self.state.evaluate_tokens))
         try:
             evaluation = self.evaluate(documents)
         except _Interrupted:
@@ -597,8 +555,13 @@ class Trainer:
 
     def replan(self) -> None:
         """With a time budget: from the speed so far, find the step at which the budget is used up."""
+        if self.config.train.minutes:
+            self._replan()
+            self.state.plan = Plan(**self.ranks.tell(dataclasses.asdict(self.state.plan)))  # clocks differ
+
+    def _replan(self) -> None:
         train, state = self.config.train, self.state
-        if not train.minutes or state.stopping or not self.timer.due_to_plan(train.minutes * 60):
+        if state.stopping or not self.timer.due_to_plan(train.minutes * 60):
             return
         evaluations_left = EVALUATIONS * (1.0 - state.plan.progress(state.step))
         left = (
@@ -653,21 +616,28 @@ class Trainer:
             self.display.note(f"{log.path} cannot be written now: {_reason(error)}; its lines are kept until it can")
 
     def mfu(self, tokens_per_second: float) -> float:
-        return model_flops_utilization(tokens_per_second, self.model.flops_per_token(), self.runtime.peak_flops())
+        peak = self.ranks.world * self.runtime.peak_flops()
+        return model_flops_utilization(tokens_per_second, self.model.flops_per_token(), peak)
 
     def save(self) -> None:
         """Have a checkpoint of this step written while training goes on."""
-        self.saver.save(self.snapshot())
+        snapshot = self.snapshot()  # all ranks: parts of it may lie with any of them
+        if self.ranks.first:
+            self.saver.save(snapshot)
 
     def save_milestone(self) -> None:
         """Have the weights of this step kept to be looked back at."""
-        self.saver.save_milestone(self.snapshot())
+        snapshot = self.snapshot()
+        if self.ranks.first:
+            self.saver.save_milestone(snapshot)
 
     def save_for_good(self) -> None:
         """The checkpoint of this step is on the disk when this returns; TrainingFailure when it cannot be."""
         self.saver.wait()
         self.hear_of_failures()
-        if self.state.step in (0, self.folder.newest_step()):  # a signal may come before the first step
+        if self.ranks.tell(
+            self.state.step in (0, self.folder.newest_step())
+        ):  # a signal may come before the first step
             return
         self.save()
         self.saver.wait()
@@ -701,7 +671,7 @@ class Trainer:
             alarm=self.alarm.to_json(),
         )  # fmt: skip
         return Snapshot(
-            step=state.step, model=self.config.model, weights=model_weights(self.model),
+            step=state.step, model=self.config.model, weights=self._weights(),
             optimizer=self.optimizer.state_tensors(),
             state={
                 "training": state.to_json(), "record": json_safe(self.record),
@@ -710,6 +680,13 @@ class Trainer:
                 "tokenizer_fingerprint": self.tokenizer.fingerprint, "data_fingerprint": self.dataset.fingerprint,
             },
         )  # fmt: skip
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Of the whole model; all ranks must call this."""
+        if not self.sharded:
+            return model_weights(self.model)
+        named = self.model.named_parameters()
+        return {name: self.ranks.whole(local(weight.detach()), weight).cpu() for name, weight in named}
 
     def validate(self) -> None:
         """Score the validation set, tell a story, note whether this is the best so far."""
@@ -744,19 +721,13 @@ class Trainer:
 
     def compare_with_floors(self, bits_per_byte: float, documents: int) -> None:
         """Say it when the model is better than a larger n-gram model than before, on the same documents."""
-        found: list[Floor] = self.floors.on(documents) if self.floors else []
+        found = self.floors.on(documents) if self.floors else []
         self.state.floors = [dataclasses.asdict(floor) for floor in found]
-        names = [floor.name for floor in found]
-        beaten = [floor for floor in found if bits_per_byte < floor.bits_per_byte]
-        before = names.index(self.state.beaten) if self.state.beaten in names else -1
-        if not beaten or names.index((best := beaten[-1]).name) <= before:
+        best = newly_beaten(found, bits_per_byte, self.state.beaten)
+        if best is None or self.floors is None:
             return
         self.state.beaten = best.name
-        counted = (
-            ""
-            if self.floors is None or self.floors.whole
-            else f" of {self.floors.train_tokens / 1e6:.1f}M training tokens"
-        )
+        counted = "" if self.floors.whole else f" of {self.floors.train_tokens / 1e6:.1f}M training tokens"
         self.display.note(f"now better than a {best.name}{counted} ({best.bits_per_byte:.2f} bits per byte)")
 
     def stop_early(self) -> None:
@@ -775,16 +746,28 @@ class Trainer:
         )
 
     def evaluate(self, documents: list[np.ndarray]) -> Evaluation:
-        """Bits per byte of these documents; a signal ends it between two batches."""
+        """Bits per byte of these documents; a signal ends it between two batches (of a lone rank)."""
         sizes = [len(self.tokenizer.decode(ids.tolist()).encode()) for ids in documents]
-        with eager(self.execution == "compiled"):
-            return score_documents(
-                self.model, documents, sizes, autocast=self.runtime.autocast(), between=self._heed_signal
+        with eager(self.execution == "compiled"), gathered(self.model):
+            return score_together(
+                self.model, documents, sizes, self.ranks, autocast=self.runtime.autocast(), between=self._heed_signal
             )
 
+    def heed(self, number: int) -> None:
+        """Training shall end with the next step."""
+        self.signal = number
+        self.display.note(f"{signal.Signals(number).name}: saving after this step (once more to stop at once)")
+
     def _heed_signal(self) -> None:
-        if self.signal:
+        if self.signal and self.ranks.lone:
             raise _Interrupted
+
+    def _validation_documents(self) -> list[np.ndarray]:
+        """The fixed set of this run: as many validation documents as 2 % of the time can score. Chosen once."""
+        if not self.state.evaluate_tokens:
+            train = self.config.train
+            self.state.evaluate_tokens = train.evaluate_tokens or affordable_tokens(train, self.state.plan)
+        return first_documents(self.dataset, self.state.evaluate_tokens)
 
     def sample(self) -> None:
         """A story at this point of training, also kept in samples.jsonl."""
@@ -792,37 +775,13 @@ class Trainer:
         if not train.sample_tokens:
             return
         params = SamplingParams(max_tokens=train.sample_tokens, seed=self.config.seed)
-        with eager(self.execution == "compiled"), self.runtime.autocast():
+        with eager(self.execution == "compiled"), gathered(self.model), self.runtime.autocast():
+            if not self.ranks.first:
+                return
             completion = Generator(self.model, self.tokenizer).complete(train.sample_prompt, params)
         record = {"step": self.state.step, "prompt": completion.prompt, "text": completion.text}
         self._written(self.sample_file, lambda: self.sample_file.append(record))
         self.display.story(self.state.step, completion.prompt, completion.text)
-
-    def _validation_documents(self) -> list[np.ndarray]:
-        """The fixed set of this run: as many validation documents as 2 % of the time can score. Chosen once."""
-        if not self.state.evaluate_tokens:
-            self.state.evaluate_tokens = self.config.train.evaluate_tokens or self._affordable_tokens()
-        return self._documents(self.state.evaluate_tokens)
-
-    def _affordable_tokens(self) -> int:
-        """By arithmetic alone (scoring a token costs about half of training on it), so that it is the same on resume."""
-        train = self.config.train
-        steps = train.evaluate_every or -(-min(self.state.plan.steps, train.steps or UNPLANNED) // EVALUATIONS)
-        return max(500, int(2 * EVALUATION_SHARE * steps * train.batch_tokens))
-
-    def _final_documents(self) -> list[np.ndarray]:
-        return self._documents(max(FINAL_TOKENS, self.state.evaluate_tokens))
-
-    def _documents(self, tokens: int) -> list[np.ndarray]:
-        """The first validation documents, up to so many tokens; at least one."""
-        found: list[np.ndarray] = []
-        total = 0
-        for document in self.dataset.valid.iterate_documents():
-            total += len(document)
-            if found and total > tokens:
-                break
-            found.append(document.astype(np.int64))
-        return found
 
     def environment(self) -> dict[str, Any]:
         """What this session ran on; nothing of the user's environment variables."""
@@ -830,7 +789,8 @@ class Trainer:
             **hardware.describe(self.runtime.device), "precision": self.runtime.precision, "execution": self.execution,
             "optimizer": self.optimizer.flavour, "micro_batch": self.micro_batch, "recompute": self.model.recompute,
             "command": self.command, "data_fingerprint": self.dataset.fingerprint, "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "parameters": self.model.parameters_count(),
+            "parameters": self.model.parameters_count(), "ranks": self.ranks.world,
+            "parallel": "none" if self.ranks.lone else self.config.train.parallel,
         }  # fmt: skip
 
     @contextmanager
@@ -863,30 +823,6 @@ class Trainer:
             self.folder.write_text(self.folder.failure_file, page)
             failure.args = (f"{failure}; more in {self.folder.failure_file}",)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT, SIGTERM or SIGHUP ends training at the next step, saved; a second one ends it at once."""
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        names = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]  # under nohup
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {}
-
-        def note(number: int, frame: Any) -> None:
-            if self.signal:
-                raise KeyboardInterrupt
-            self.signal = number
-            self.display.note(f"{signal.Signals(number).name}: saving after this step (once more to stop at once)")
-
-        for name in names:
-            previous[name] = signal.signal(getattr(signal, name), note)
-        try:
-            yield
-        finally:
-            for name, handler in previous.items():
-                signal.signal(getattr(signal, name), handler)
-
 
 def _reason(error: Exception) -> str:
     if not isinstance(error, OSError):
@@ -899,15 +835,22 @@ def train(
     progress: Callable[[PrepareProgress], None] | None = None, command: str = "", force: bool = False,
 ) -> Summary:  # fmt: skip
     """Train a run to its end, or continue it when its folder has checkpoints. ``fresh`` moves an old run aside; ``force``
-    continues it with settings or data that it was not begun with."""
-    folder = RunFolder(Path(out) if out else Path("runs") / config.name)
-    display = display or Silence()
-    folder.lock(warn=display.note)
-    try:
-        if fresh and (aside := folder.set_aside()) is not None:
-            display.note(f"the old run is now {aside}")
+    continues it with settings or data that it was not begun with. Under torchrun this process is one of the run's ranks."""
+    path, display = Path(out) if out else Path("runs") / config.name, display or Silence()
+    with joined() as ranks:
+        if not ranks.first:
+            display = Silence()
+            return Trainer(config, RunFolder(path, Untouched()), display=display, force=force, ranks=ranks).fit()
+        folder = RunFolder(path)
+        folder.lock(warn=display.note)
+        try:
+            if fresh and not ranks.restarted and (aside := folder.set_aside()) is not None:
+                display.note(f"the old run is now {aside}")
+                folder.unlock()
+                folder.lock()
+            trainer = Trainer(
+                config, folder, display=display, progress=progress, command=command, force=force, ranks=ranks
+            )
+            return trainer.fit()
+        finally:
             folder.unlock()
-            folder.lock()
-        return Trainer(config, folder, display=display, progress=progress, command=command, force=force).fit()
-    finally:
-        folder.unlock()
