@@ -285,6 +285,8 @@ def joined() -> Iterator[Ranks]:
         torch.cuda.set_device(numbers["LOCAL_RANK"] % torch.cuda.device_count())
     try:
         store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+        attempt = f"smalllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}"
+        store = dist.PrefixStore(attempt, store)  # torchrun's store outlives the ranks, and holds what the dead ones said
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError, KeyError) as error:

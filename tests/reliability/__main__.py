@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # before any child; bits depend on it, and so many pro
 from smalllm.reliability import trials  # noqa: E402
 from smalllm.reliability.trials import Outcome, Trial  # noqa: E402
 
-GROUPS = ("training", "data", "files", "server", "terminal")
+GROUPS = ("training", "ranks", "data", "files", "server", "terminal")
 
 
 def all_trials(groups: tuple[str, ...] = GROUPS) -> Iterator[Trial]:

@@ -33,6 +33,11 @@ def test_runs_and_checkpoints_keep_every_promise(tmp_path: Path):
     check_group("training", tmp_path)
 
 
+@pytest.mark.timeout(600)
+def test_a_run_of_several_ranks_survives_the_loss_of_one(tmp_path: Path):
+    check_group("ranks", tmp_path)
+
+
 def test_one_case_can_be_tried_again_and_unknown_names_are_refused(tmp_path: Path):
     assert [(o["name"], o["tries"]) for o in tried("T5:17", "--group", "training", "--folder", str(tmp_path))] == [
         ("T5", 1)
