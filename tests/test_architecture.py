@@ -22,11 +22,12 @@ ORDER = [
     "judging.comparison", "judging.sides", "judging.contest", "judging.novelty", "judging.characters", "judging.scorecard", "judging.judge", "judging.minimal_pairs", "judging.harness",
     "preflight",
     "training.schedule", "training.state", "training.optimizer", "training.objectives", "training.guards", "training.alarm", "training.saver", "training.validation", "training.setting_out", "training.past", "training.trainer",
+    "cards", "planner",
     "export.destination", "export.card", "export.names", "export.pieces", "export.huggingface_config", "export.fast_tokenizer", "export.huggingface", "export.gguf", "export.llamacpp", "export.certificate", "export.hub", "export.llama2c", "export.html",
     "reliability.trials", "reliability.disks", "reliability.promises",
     "plots", "reporting.dossier", "reporting.wording", "reporting.markup", "reporting.chart", "reporting.html", "reporting.markdown", "api", "deploy",
     "serve.protocol", "serve.meters", "serve.models", "serve.engine", "serve.report", "serve.guard", "serve.server",
-    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.compare", "commands.report", "commands.plot", "commands.bench", "commands.doctor", "commands.deploy",
+    "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.compare", "commands.report", "commands.plot", "commands.bench", "commands.plan", "commands.doctor", "commands.deploy",
     "cli", "__main__",
 ]  # fmt: skip
 OWNERS = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
 from smalllm import hardware
-from smalllm.config import ModelConfig, TrainConfig, UserError
+from smalllm.config import ModelConfig, RunConfig, TrainConfig, UserError
 from smalllm.model import GPT
 from smalllm.native import build
 from smalllm.runtime import (
@@ -17,11 +18,13 @@ from smalllm.runtime import (
     accelerate,
     compile_blocks,
     fit_memory,
+    heap_factor,
     make_runtime,
     pick_precision,
     seed_everything,
-    step_bytes,
+    step_memory,
 )
+from smalllm.training.optimizer import Optimizer
 
 CPU = torch.device("cpu")
 
@@ -129,30 +132,88 @@ def test_why_a_model_runs_plainly_is_said(monkeypatch: pytest.MonkeyPatch):
     assert compile_blocks(small_model(), torch.device("mps"))[0] == "plain"
 
 
-def budget(gigabytes: float, **settings: Any) -> TrainConfig:
-    return TrainConfig(steps=1, batch_tokens=128 * 64, memory_gb=gigabytes, **settings)
+def budget(gigabytes: float, **settings: Any) -> RunConfig:
+    train = TrainConfig(steps=1, batch_tokens=128 * 64, memory_gb=gigabytes, **settings)
+    return RunConfig(model=ModelConfig(context=128), train=train)
+
+
+def step_bytes(model: GPT, runtime: Runtime, size: int, config: RunConfig, recompute: bool = False) -> int:
+    return step_memory(model, runtime, config, size * 128, recompute).total
 
 
 def test_a_step_fits_the_memory_it_is_given(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hardware, "memory_now", lambda device: 0)
+    monkeypatch.setattr(hardware, "memory_now", lambda device: 40_000_000)
     model = GPT(ModelConfig(layers=4, width=128, heads=4, context=128, vocab_size=512))
     runtime = Runtime(CPU, "fp32")
     for size in (1, 4, 16):
-        needed = step_bytes(model, runtime, size * 128, recompute=False)
+        needed = step_bytes(model, runtime, size, budget(0.0))
         assert fit_memory(model, runtime, budget(needed / 1e9)) == Fit(size, False, needed)
         assert fit_memory(model, runtime, budget(1.2 * needed / 1e9)).bytes <= 1.2 * needed
     assert fit_memory(model, runtime, budget(64.0)).micro_batch == 32  # what caches like
+    assert fit_memory(model, runtime, budget(0.0), device_bytes=2 * needed).micro_batch == 16
 
 
 def test_recomputation_is_the_last_resort(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hardware, "memory_now", lambda device: 0)
+    monkeypatch.setattr(hardware, "memory_now", lambda device: 40_000_000)
+    monkeypatch.setattr("smalllm.runtime.CHECKPOINTING_BYTES", 1_000_000)  # a model that earns it back is a large one
     model = GPT(ModelConfig(layers=16, width=64, heads=4, context=128, vocab_size=512))
     runtime = Runtime(CPU, "fp32")
-    least = step_bytes(model, runtime, 128, recompute=False)
+    least = step_bytes(model, runtime, 1, budget(0.0))
     assert fit_memory(model, runtime, budget(least / 1e9)) == Fit(1, False, least)
     assert fit_memory(model, runtime, budget(0.97 * least / 1e9)).recompute
-    with pytest.raises(UserError, match="train.memory_gb = 0.001: this model needs about 0.0[0-9] GB"):
+    with pytest.raises(
+        UserError, match=r"train.memory_gb = 0.001: this model needs about 0.\d+ GB with micro_batch=1 and"
+    ):
         fit_memory(model, runtime, budget(0.001))
+
+
+def test_recomputation_that_costs_more_than_it_saves_is_not_advised(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hardware, "memory_now", lambda device: 40_000_000)
+    model = GPT(ModelConfig(layers=2, width=32, heads=2, context=128, vocab_size=512))
+    with pytest.raises(UserError, match="with micro_batch=1; raise train.memory_gb"):
+        fit_memory(model, Runtime(CPU, "fp32"), budget(0.001))
+
+
+def test_memory_by_part_is_what_is_kept(monkeypatch: pytest.MonkeyPatch):
+    """Against the tensors of a real optimizer and, for activations, against what autograd saves."""
+    monkeypatch.setattr(hardware, "memory_now", lambda device: 40_000_000)
+    model = GPT(ModelConfig(layers=2, width=64, heads=4, context=128, vocab_size=512))
+    parameters = model.parameters_count()
+    for kind in ("adamw", "muon"):
+        config = budget(0.0).replace(optim={"kind": kind})
+        memory = step_memory(model, Runtime(CPU, "fp32"), config, 128, recompute=False)
+        optimizer = Optimizer(model, config.optim, CPU)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        state = sum(tensor.nbytes for tensor in optimizer.state_tensors().values() if tensor.dim())
+        assert (memory.optimizer, memory.weights, memory.gradients) == (state, 4 * parameters, 4 * parameters)
+        assert memory.checkpoint == state + 4 * parameters and memory.process == 70_000_000 - 4 * parameters
+        assert memory.total == sum(asdict(memory).values())
+    on_gpu = step_memory(model, Runtime(torch.device("cuda"), "bf16"), config, 128, recompute=False, held=0)
+    assert on_gpu.checkpoint == 0 and on_gpu.activations < memory.activations
+
+
+def test_saved_activations_are_counted(native: None):
+    """The bytes that autograd keeps in a forward pass through the fused kernels, weights left out."""
+    shape = ModelConfig(layers=3, width=64, heads=4, context=128, vocab_size=512)
+    model, runtime = GPT(shape), Runtime(CPU, "fp32")
+    accelerate(model, "on", True, runtime)
+    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = 8 * 128
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.hidden(torch.zeros(8, 128, dtype=torch.long))
+    config = budget(0.0)
+    block = (
+        step_memory(model, runtime, config, tokens, False).activations / heap_factor(runtime) / 4
+    )  # one for the backward pass
+    assert hidden.shape == (8, 128, 64) and sum(kept.values()) == pytest.approx(3 * block, rel=0.1)
 
 
 def test_a_micro_batch_that_was_asked_for_is_kept():

@@ -24,6 +24,7 @@ VERBS = {
     "report": "Write a page about runs: curves, scores, stories, settings.",
     "export": "Write a model for transformers, llama.cpp, llama2.c or a browser, with proof.",
     "import": "Make a run of a model of another program.",
+    "plan": "Tell what a run will take: memory, hours, money.",
     "plot": "Draw loss and learning rate of runs.",
     "deploy": "Train on another machine over ssh: push, launch, follow, fetch.",
     "bench": "Measure how fast this machine trains and decodes.",

@@ -194,9 +194,6 @@ def fit_memory(
     return chosen
 
 
-HEAP = {"cpu": 1.3, "cuda": 1.1, "mps": 1.1}
-"""What comes and goes within a step takes so many times its size, because free memory lies in pieces: on a CPU glibc's
-heap, measured (docs/planning.md); on GPUs assumed."""
 PROCESS_BYTES = {"cpu": 30_000_000, "cuda": 500_000_000, "mps": 200_000_000}
 """What a process comes to hold besides: threads and libraries, on a GPU the driver's context, which is assumed."""
 CHECKPOINTING_BYTES = 160_000_000
@@ -231,23 +228,31 @@ def step_memory(
     Counted from what native/kernels.py, autograd and the optimizers keep, for a model that may be on the meta device.
     ``held`` is what the process holds besides the model; None: what this one does now. On a CPU within 8 % of the peak
     resident memory of the runs in docs/planning.md; not compared on a GPU yet."""
-    device = runtime.device.type
+    device, heap = runtime.device.type, heap_factor(runtime)
     parameters, matrices = model.parameters_count(), _matrices(model) if config.optim.kind == "muon" else {}
     if held is None:
         own = 0 if model.embedding.weight.is_meta else 4 * parameters
         held = hardware.memory_now(runtime.device) - own
     of_muon, largest = sum(matrices.values()), max(matrices.values(), default=0)
     state = 8 * parameters - 4 * of_muon
-    activations = HEAP[device] * _activation_bytes(model, runtime, config, tokens, recompute)
-    logits = HEAP[device] * _logit_bytes(model, runtime, config)
+    activations = heap * _activation_bytes(model, runtime, config, tokens, recompute)
+    logits = heap * _logit_bytes(model, runtime, config)
     # Muon: every matrix's direction, and for those of the largest shape stacks in float32 and bfloat16.
-    update = HEAP[device] * (4 * of_muon + 12 * largest)
+    update = heap * (4 * of_muon + 12 * largest)
     return StepMemory(
         process=held + PROCESS_BYTES[device] + (CHECKPOINTING_BYTES if recompute and device == "cpu" else 0),
         weights=4 * parameters, gradients=4 * parameters, optimizer=state,
         checkpoint=4 * parameters + state if device == "cpu" else 0,  # elsewhere in the memory of the host
         activations=round(activations), logits=round(logits), update=max(0, round(update - activations - logits)),
     )  # fmt: skip
+
+
+def heap_factor(runtime: Runtime) -> float:
+    """What comes and goes within a step takes so many times its size, because free memory lies in pieces: on a CPU glibc's
+    heap, measured (docs/planning.md), worse with the larger pieces of float32; on GPUs assumed."""
+    if runtime.device.type != "cpu":
+        return 1.1
+    return 1.4 if runtime.precision == "fp32" else 1.3
 
 
 def _fused(model: GPT, runtime: Runtime, config: RunConfig) -> bool:
