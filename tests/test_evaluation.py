@@ -20,6 +20,7 @@ from smalllm import cli
 from smalllm.checkpoint import open_run
 from smalllm.config import ModelConfig, RunConfig, UserError
 from smalllm.data import storyworld
+from smalllm.data.shards import TokenDataset
 from smalllm.evaluation import (
     Evaluation,
     bits_per_byte,
@@ -240,12 +241,26 @@ def test_evaluate_scores_the_validation_documents(
     assert result["tokens"] == valid["tokens"] - valid["documents"]
     low, high = result["bits_per_byte_interval"]
     assert 0 < result["floor_bits_per_byte"] < low < result["bits_per_byte"] < high
+    assert result["leaks"] == json.loads((dataset_folder / "manifest.json").read_text())["leaks"]
     card = result["stories"]
     assert card["count"] == 3 and card["consistent"] == 0.0 and card["violations"] == {"grammar": 3}
     assert card["intervals"]["ended"][0] <= card["ended"] <= card["intervals"]["ended"][1]
     assert card["copied_tokens"] > 0 and card["searched_share"] == 1.0
     assert card["data"]["count"] == valid["documents"] and card["data"]["copied_tokens"] > card["copied_tokens"]
     assert "consistent" not in card["data"] and "judge" not in card and "pairs" not in result
+
+
+def test_documents_of_the_training_data_are_noticed(
+    run_folder: Path, dataset_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = TokenDataset.open(dataset_folder)
+    known = dataset.tokenizer().decode(next(dataset.train.iterate_documents()).tolist())
+    fresh = "The harbour lay grey under rain, and nobody asked where the ferry had gone that winter morning."
+    (tmp_path / "some.txt").write_text(f"{known}\n<|endoftext|>\n{fresh}\n", encoding="utf-8")
+    leaks = evaluated(capsys, str(run_folder), "--text", str(tmp_path / "some.txt"))["leaks"]
+    assert (leaks["exact"], leaks["near"], leaks["valid_documents"]) == (1, 0, 2)
+    assert cli.run(["evaluate", str(run_folder), "--text", str(tmp_path / "some.txt")]) == 0
+    assert "1 word for word, 0 nearly (2 documents against" in " ".join(capsys.readouterr().out.split())
 
 
 def test_evaluate_scores_a_file_of_documents(

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from smalllm.checkpoint import LoadedRun
 from smalllm.config import UserError
 from smalllm.data import storyworld
+from smalllm.data.duplicates import audit
 from smalllm.data.shards import TokenDataset
 from smalllm.data.sources import documents as read_documents
 from smalllm.model import GPT
@@ -31,6 +32,7 @@ from smalllm.tokenizer import Tokenizer
 BATCH_TOKENS = 4096  # positions of a forward pass, padding included
 LOGITS_AT_ONCE = 1 << 23  # float32 logits that exist at once: 32 MB
 RESAMPLES = 1000
+LEAK_BYTES = 256_000_000  # training text that evaluated documents are compared with
 DRAWS_AT_ONCE = 1 << 20  # indices that the bootstrap holds at once: 8 MB
 
 
@@ -232,7 +234,16 @@ def evaluate_run(run: LoadedRun, *, text: str | None = None, limit: int | None =
         )
     floor = storyworld_floor(texts)
     known = {} if floor is None else {"floor_bits_per_byte": floor}
-    return {"step": run.step, **evaluation.figures(), **known}
+    return {"step": run.step, **evaluation.figures(), **known, "leaks": training_leaks(run, texts)}
+
+
+def training_leaks(run: LoadedRun, texts: Sequence[str]) -> dict[str, Any] | None:
+    """Which texts stand in the training data of a run, word for word or nearly, as ``data.shards.LeakRecord`` says it; None
+    where the run has no data or it is gone. Some 4 s for the most that is compared."""
+    try:
+        return audit(run.folder.data(), [text.encode() for text in texts], most_bytes=LEAK_BYTES).model_dump()
+    except UserError:
+        return None
 
 
 def trained_on_storyworld(run: LoadedRun) -> bool:

@@ -151,6 +151,19 @@ def _lines(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "loss", f"{result['loss']:.4f} nats per token"
     yield "perplexity", f"{result['perplexity']:.2f}"
     yield "scored", f"{result['tokens']:,} tokens, {result['bytes']:,} bytes, {result['documents']:,} documents"
+    if leaks := result["leaks"]:
+        yield "leaks", leaks_line(leaks)
+
+
+def leaks_line(leaks: Mapping[str, Any]) -> str:
+    """How many of the scored documents the model has seen in training."""
+    compared = f"{leaks['valid_documents']:,} documents against {leaks['train_documents']:,} of the training data"
+    if not (leaks["exact"] or leaks["near"]):
+        return f"none ({compared})"
+    return (
+        f"{leaks['exact']:,} word for word, {leaks['near']:,} nearly ({compared}): the figures above are too good by what the"
+        " model remembers of them"
+    )
 
 
 def _card(card: dict[str, Any]) -> Table:

@@ -48,14 +48,18 @@ _LARGEST_SIEVE = 26  # bits of a place in it
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def audit(folder: Path, *, threshold: float = THRESHOLD, seed: int = 0, most_bytes: int | None = None) -> LeakRecord:
-    """Compare the validation documents of a dataset folder with all its training documents, or with those of the first
-    ``most_bytes`` bytes of text: they stand in random order. UserError for a damaged folder."""
+def audit(
+    folder: Path, texts: Sequence[bytes] | None = None, *, threshold: float = THRESHOLD, seed: int = 0,
+    most_bytes: int | None = None,
+) -> LeakRecord:  # fmt: skip
+    """Compare ``texts``, by default the validation documents of a dataset folder, with all its training documents, or with
+    those of the first ``most_bytes`` bytes of text: they stand in random order. UserError for a damaged folder."""
     dataset = TokenDataset.open(folder, verify=False)
     tokenizer = dataset.tokenizer()
     pieces = [tokenizer.bytes_of(id) for id in range(tokenizer.vocab_size)]
-    valid = _StoredTexts(dataset.valid, pieces, MOST_VALID)
-    auditor = Auditor(valid.text, len(valid), threshold=threshold, seed=seed, most_bytes=most_bytes)
+    stored = _StoredTexts(dataset.valid, pieces, MOST_VALID)
+    text, count = (stored.text, len(stored)) if texts is None else (lambda number: texts[number], len(texts))
+    auditor = Auditor(text, count, threshold=threshold, seed=seed, most_bytes=most_bytes)
     documents = dataset.train.iterate_documents()
     while not auditor.full and (some := list(islice(documents, 1024))):
         auditor.add_all([_text(ids, pieces) for ids in some])
