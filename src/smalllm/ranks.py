@@ -278,6 +278,7 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     numbers = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
@@ -286,7 +287,7 @@ def joined() -> Iterator[Ranks]:
     try:
         store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
         attempt = f"smalllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world}"
-        store = dist.PrefixStore(attempt, store)  # torchrun's store outlives the ranks, and holds what the dead ones said
+        store = PrefixStore(attempt, store)  # torchrun's store outlives the ranks, and holds what the dead ones said
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     except (RuntimeError, ValueError, KeyError) as error:
