@@ -190,6 +190,13 @@ def test_nothing_is_executed_from_data(name):
 
 
 @every_module
+def test_only_deploy_runs_ssh(name):
+    programs = {"ssh", "scp", "sftp", "rsync"}
+    texts = [node.value for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant) and node.value in programs]
+    assert texts == [] or name == "deploy"
+
+
+@every_module
 def test_only_faces_print_and_exit(name):
     if name == "cli" or name.startswith(("commands.", "serve.")):
         return
