@@ -88,6 +88,7 @@ TOLD = [
     ('rsync: write failed on "x": No space left on device (28)\nrsync error (code 11)', 11, UserError, "a disk is full"),
     ('rsync: change_dir "/x" failed: No such file or directory (2)', 23, UserError, "has no run of this name"),
     ("bash: line 1: rsync: command not found", 127, UserError, "rsync is not installed on h; run there"),
+    ("error: no such package\n  cause: none\nhint: another", 1, UserError, "h: no such package"),
     ("something\nnew and\x1b[2J strange\n", 7, UserError, r"h: new and\x1b[2J strange"),
     ("", -9, Lost, "h: exit code -9"),
 ]  # fmt: skip
@@ -355,8 +356,10 @@ TRAINER = """\
 #!/bin/sh
 # Stands for the Python of an environment there, and for `smalllm train`: counts steps until it is told to end.
 case $1$2 in
--c*sys*) echo 3.12.0; exit ;;
--c*) echo 0; exit ;;
+-c*torch*) echo 0; exit ;;
+-c*) echo 3.12.0; exit ;;
+-m*) ;;
+*) exec PYTHON "$@" ;;
 esac
 trap 'echo saved; exit 143' TERM INT
 step=0
@@ -374,7 +377,7 @@ def trainer(machine: Machine, checkout: Path, monkeypatch: pytest.MonkeyPatch) -
     """The path of a Python there that trains at once; a file ``end`` in the folder there ends it with that exit code."""
     monkeypatch.setattr(deploy, "checkout", lambda: checkout)
     path = machine.folder / "trainer"
-    path.write_text(TRAINER)
+    path.write_text(TRAINER.replace("PYTHON", sys.executable))
     path.chmod(0o755)
     return str(path)
 
@@ -454,23 +457,23 @@ def test_from_the_push_to_the_fetched_run_over_two_cut_connections(machine, chec
     assert SECRET not in machine.calls() and not any(SECRET.encode() in path.read_bytes() for path in pushed)
 
 
-def test_deploying_again_follows_the_run_that_trains(machine, trainer, checkout, capfd) -> None:
+def test_deploying_again_follows_the_run_that_trains(machine, trainer, checkout) -> None:
     arguments = ["quickstart", *machine.options("--python", trainer)]
     first = Client(checkout, arguments)
     first.until("step 3$")
     first.process.send_signal(signal.SIGINT)
     code, errors = first.end()
     assert code == 130 and "The run goes on" in errors and f"{shlex.join(['deploy', *arguments])} --follow" in errors
-    calls = machine.calls().count("rsync")
+    pushed = machine.calls().count("rsync")
     wait_for(lambda: len(log(machine)) > 10)
+    second = Client(checkout, arguments)
+    second.until("step")
     (machine.there / "end").write_text("7")
-    assert cli.run(["deploy", *arguments]) == 7
-    out, errors = capfd.readouterr()
-    assert first.lines + out.splitlines() == log(machine)  # from where the first stopped to the end
-    assert "trains there already" in errors or "has begun" in errors
+    code, errors = second.end()
+    assert code == 7 and "the run quickstart trains there already, in the tmux session smalllm-quickstart" in errors
+    assert first.lines + second.lines == log(machine)  # from where the first stopped to the end
     assert "ended with exit code 7" in errors and "not fetched: " in errors
-    if "trains there already" in errors:
-        assert machine.calls().count("rsync") == calls + 1  # nothing was pushed under it; the fetch found nothing
+    assert machine.calls().count("rsync") == pushed + 1  # nothing was pushed under it; the fetch found nothing
 
 
 def test_two_deployments_at_once_start_one_run(machine, trainer) -> None:
@@ -479,7 +482,8 @@ def test_two_deployments_at_once_start_one_run(machine, trainer) -> None:
         python=trainer,
     )  # fmt: skip
     notes: list[str] = []
-    assert plan.start(notes.append) is True and notes[0] == "pushing the code"
+    plan.prepare(notes.append)
+    assert notes[0] == "pushing the code" and plan.start(notes.append) is True
     assert plan.host.answer(plan.launch()).split() == ["running", "smalllm-quickstart"]
     assert plan.probe()["session"] == "smalllm-quickstart"
     other = Host(ADDRESS, machine.port, machine.folder / "key", str(machine.there / "other"))
@@ -499,6 +503,7 @@ def test_stop_saves_and_deploying_again_goes_on(machine, trainer, capsys) -> Non
     begun = deployment(
         host=host, config=config, overrides=("name=a.b",), gpus=0, python=trainer, checkout=deploy.checkout()
     )
+    begun.prepare(lambda note: None)
     assert begun.start(lambda note: None)
     wait_for(lambda: (machine.there / ".deploy/a.b/log").exists() and len(log(machine, "a.b")) > 1)
     assert cli.run(["deploy", *plan, "--stop"]) == 0
@@ -542,7 +547,8 @@ def test_a_connection_that_breaks_while_pushing_is_tried_again(machine, trainer,
     )  # fmt: skip
     (machine.folder / "fail").touch()
     notes: list[str] = []
-    assert plan.start(notes.append)
+    plan.prepare(notes.append)
+    assert (machine.there / "pyproject.toml").exists()
     assert any("ended (Connection reset by peer); trying again" in note for note in notes)
 
 
@@ -667,6 +673,7 @@ def test_a_run_is_fetched_again_when_it_went_on(machine, trained, dataset_folder
     assert [checkpoint.step for checkpoint in first.checkpoints()] == [4, 8, 12]
     train(tiny_settings(dataset_folder, train={"steps": 16}), trained.path)
     (trained.checkpoints_folder / ".tmp-17-1").mkdir()
+    (trained.path / "private").symlink_to("/etc/passwd")
     assert fetch(machine) == 0
     told = capfd.readouterr().out
     assert "the newest of step 12" in told and "the newest of step 16" in told
@@ -674,7 +681,7 @@ def test_a_run_is_fetched_again_when_it_went_on(machine, trained, dataset_folder
         range(1, 17)
     )
     assert sorted(path.name for path in Path("runs").iterdir()) == ["tiny"]
-    assert not list(first.checkpoints_folder.glob(".*"))
+    assert not list(first.checkpoints_folder.glob(".*")) and not (first.path / "private").is_symlink()
 
 
 def test_damage_here_is_repaired_and_damage_there_is_named(machine, trained, capfd) -> None:
@@ -812,28 +819,25 @@ def deploy_vast(rented: Path, machine: Machine, *words: str) -> subprocess.Compl
     )  # fmt: skip
 
 
-def test_deploy_vast_starts_a_run_once_and_deploy_can_follow_it(
-    rented, machine, dataset_folder, monkeypatch, capfd
-) -> None:
-    words = ["quickstart", *TINY, "train.steps=100000", f"data.path={dataset_folder}"]
-    first = deploy_vast(rented, machine, "--cpu", "--python", sys.executable, *words)
+def test_deploy_vast_starts_a_run_once_and_deploy_can_follow_it(rented, machine, trainer, capfd) -> None:
+    words = ["--cpu", "--python", trainer, "laptop", "name=mine"]
+    first = deploy_vast(rented, machine, *words)
     assert first.returncode == 0, first.stderr
-    assert "started: the run tiny, in the tmux session smalllm-tiny" in first.stdout
-    state = rented / ".deploy" / "tiny"
-    wait_for(lambda: "step " in (state / "log").read_text(), 60)
-    again = deploy_vast(rented, machine, "--cpu", "--python", sys.executable, *words)
-    assert again.returncode == 0 and "running: the run tiny" in again.stdout
-    machine.authorize({"TMUX_TMPDIR": str(machine.folder / "tmux")})
-    monkeypatch.setattr(deploy, "checkout", lambda: ROOT)
-    options = machine.options("name=tiny")
+    assert "started: the run mine, in the tmux session smalllm-mine" in first.stdout
+    said = rented / ".deploy" / "mine" / "log"
+    wait_for(lambda: "step 2" in said.read_text())
+    again = deploy_vast(rented, machine, *words)
+    assert again.returncode == 0 and "running: the run mine" in again.stdout
+    options = machine.options("name=mine")
     options[options.index("--dir") + 1] = str(rented)
-    assert cli.run(["deploy", "quickstart", *options, "--stop"]) == 0
-    assert cli.run(["deploy", "quickstart", *options, "--follow"]) == 143
-    told = capfd.readouterr().out
-    assert "SIGTERM: saving after this step" in told and "The run is saved" in told and "each verified" in told
+    assert cli.run(["deploy", "laptop", *options, "--stop"]) == 0
+    capfd.readouterr()
+    assert cli.run(["deploy", "laptop", *options, "--follow"]) == 143
+    assert capfd.readouterr().out.splitlines() == said.read_text().splitlines()
+    assert said.read_text().splitlines()[-1] == "saved"
 
 
-def test_deploy_vast_says_what_is_wrong(rented, machine) -> None:
+def test_deploy_vast_says_what_is_wrong(rented, machine, trainer) -> None:
     def said(*words: str) -> str:
         done = deploy_vast(rented, machine, *words)
         assert done.returncode == 1
@@ -845,10 +849,8 @@ def test_deploy_vast_says_what_is_wrong(rented, machine) -> None:
         )
     assert said("--gpu").startswith("error: there is no option --gpu")
     assert said("--from") == "error: --from wants a value"
-    assert said("--cpu", "--python", sys.executable, "nonsense").startswith("error: no recipe is called 'nonsense'")
-    assert said("--cpu", "--python", sys.executable, "train.stepz=3").startswith(
-        "error: there is no setting 'train.stepz'"
-    )
+    assert said("--cpu", "--python", trainer, "nonsense").startswith("error: no recipe is called 'nonsense'")
+    assert said("--cpu", "--python", trainer, "train.stepz=3").startswith("error: there is no setting 'train.stepz'")
     assert not (rented / ".deploy").exists()
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", ROOT / "deploy_vast.sh"], check=True)

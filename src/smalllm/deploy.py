@@ -185,9 +185,10 @@ class Host:
                 reason = printable(found[found.lastindex or 0].strip())
                 words = {"host": self.address, "reason": reason, "identity": self.identity, "key": self._known_as()}
                 return (Lost if lost else UserError)(sentence.format(**words))
-        last = next((line for line in reversed(told.splitlines()) if line.strip()), f"exit code {code}")
+        lines = [line.strip() for line in reversed(told.splitlines()) if line.strip()] or [f"exit code {code}"]
+        last = next((line for line in lines if line.lower().startswith("error:")), lines[0])
         kind = Lost if not of_script and code in (255, 12, 30, 35) or code < 0 else UserError
-        return kind(f"{self.address}: {printable(last.strip(), 300)}")
+        return kind(f"{self.address}: {printable(last.removeprefix('error: '), 300)}")
 
     def _known_as(self) -> str:
         """How known_hosts spells the host."""
@@ -393,12 +394,13 @@ class Deployment:
         return self.host.command("follow.sh", self.name, str(mark.offset), mark.born)
 
     def pull(self, checksum: bool = False) -> Command:
-        """Make a folder the same as the run there; files that did not change since the last time are linked."""
+        """Make a folder the same as the run there: files and folders only, since a link from there could lead anywhere here.
+        Files that did not change since the last time are linked to those."""
         excluded = [f"--exclude={pattern}" for pattern in NOT_FETCHED]
         known = [f"--link-dest={self.out.resolve()}"] if self.out.is_dir() else []
         compare = ["--checksum"] if checksum else []
         return self.host.rsync(
-            "-rlpt", "--partial-dir=.partial", "--delete", *compare, *excluded, *known, "--",
+            "-rt", "--partial-dir=.partial", "--delete", *compare, *excluded, *known, "--",
             self.host.path("runs", self.name), f"{self.staging}/",
         )  # fmt: skip
 
@@ -465,15 +467,19 @@ class Deployment:
                 f"{self.out} is another run than the one to begin there; give name=ANOTHER, or --out FOLDER"
             )
 
-    def start(self, note: Note) -> bool:
-        """Push, set up, launch; returns False when the run ran already. Nothing is pushed under a run that is going on."""
+    def prepare(self, note: Note) -> None:
+        """Push and set up."""
         patience = Patience(note)
         for what, command in self.push():
             note(f"pushing {what}")
             patience(partial(self.host.answer, command))
-        note("setting up" if not self.python else f"trying {self.python}")
+        note(f"trying {self.python}" if self.python else "setting up")
         patience(lambda: self.host.answer(self.set_up(), on_line=note))
-        return patience(lambda: self.host.answer(self.launch())).startswith("started")
+
+    def start(self, note: Note) -> bool:
+        """Launch the run there; False when it trained already."""
+        said = Patience(note)(lambda: self.host.answer(self.launch())).splitlines()
+        return bool(said) and said[-1].startswith("started")
 
     def follow(self, show: Note, note: Note) -> int | None:
         """Hand each line that the run says to ``show``, once, over lost connections and several calls; its exit code at the

@@ -101,13 +101,10 @@ def _begin(plan: Deployment) -> bool:
     gpus = ", ".join(deployment.gpu_names(found)) or "no GPU"
     free = int(found["free_kib"]) / 2**20
     _note(f"{plan.host.address}: Python {found['python'] or 'by uv'}, {gpus}, {free:.0f} GiB free")
-    _launch(plan)
-    return True
-
-
-def _launch(plan: Deployment) -> None:
+    plan.prepare(_note)
     begun = plan.start(_note)
     _note(f"the run {plan.name} {'has begun' if begun else 'trains already'}; Ctrl-C ends the following, not the run")
+    return True
 
 
 def _follow_to_the_end(plan: Deployment, relaunch: bool) -> int:
@@ -123,7 +120,7 @@ def _follow_to_the_end(plan: Deployment, relaunch: bool) -> int:
                     f" resumes it: {command_line(plan)}"
                 )
             _note(f"the run {plan.name} is gone, as after a restart: launching it again")
-            _launch(plan)
+            plan.start(_note)
     except KeyboardInterrupt:
         again = command_line(plan)
         _note(f"\nThe run goes on at {plan.host.address}. To follow it: {again} --follow")
@@ -145,8 +142,9 @@ def _fetch(plan: Deployment) -> int:
     fetched = plan.fetch(_note)
     for damaged in fetched.damaged:
         _note(f"damaged there as well: {damaged}")
+    count = f"{len(fetched.steps)} checkpoints, each" if len(fetched.steps) > 1 else "1 checkpoint,"
     print(plain(
-        f"{fetched.folder}: {len(fetched.steps)} checkpoints, each verified, the newest of step {fetched.steps[-1]}\n"
+        f"{fetched.folder}: {count} verified, the newest of step {fetched.steps[-1]}\n"
         f"Next: {PROGRAM} chat {fetched.folder}     (a rented machine costs money until you give it back)"
     ))  # fmt: skip
     return 0
