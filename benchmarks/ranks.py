@@ -5,6 +5,10 @@
 Every figure is of the recipe's own step (``--batch-tokens`` for another one) on random tokens, in turns; ranks are started
 by torchrun and exchange by gloo over the loopback device, whose counters give the bytes. More ranks than cores only show that
 it works. Efficiency is the speed of n ranks divided by n times that of one, or by as many as there are cores.
+
+    uv run python benchmarks/ranks.py --paper
+
+computes instead, from the bytes that are measured here and makers' figures, what larger machines would give.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from statistics import median
 
 import torch
 
+from smalllm.cards import find_card
 from smalllm.checkpoint import RunFolder
 from smalllm.commands.bench import random_data
 from smalllm.config import RunConfig, load_recipe
@@ -41,8 +46,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="measured steps in a turn, after one that is not")
     parser.add_argument("--repeats", type=int, default=3, help="turns")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--paper", action="store_true", help="compute what larger machines would give")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.paper:
+        return print(paper())
     config = load_recipe(options.recipe, options.settings)
     if options.batch_tokens:
         config = config.replace(train={"batch_tokens": options.batch_tokens})
@@ -126,6 +134,42 @@ def table(figures: dict[int, dict[str, float]], config: RunConfig) -> str:
             f"| {world} | {figure['tokens_per_second']:,.0f} | {efficiency} | {size / 1e6:,.1f} MB |"
             f" {size / (4 * figure['parameters']):.2f} |"
         )
+    return "\n".join(lines)
+
+
+# ── on paper ──
+
+MODELS = {"20 M": (20e6, 131_072), "124 M": (124e6, 524_288), "350 M": (350e6, 524_288), "1.3 B": (1.3e9, 1_048_576)}
+"""Parameters, and tokens of a step."""
+CLUSTERS = (
+    ("8 x RTX 4090, PCIe", "RTX 4090", 8, (5e9, 20e9)),
+    ("8 x H100, NVLink", "H100", 8, (300e9, 400e9)),
+    ("64 x H100, 8 to a machine, 400 Gb/s each", "H100", 64, (20e9, 45e9)),
+)
+"""Bytes a second that a ring all-reduce moves through each GPU (the bus bandwidth of nccl-tests), from bad to good: assumed."""
+REACHED = 0.4
+MICRO_BATCH = 32_768
+
+
+def paper() -> str:
+    """Markdown: speed relative to as many GPUs that exchange nothing, when nothing of the exchange is hidden behind the backward
+    pass, and when all that can be is (the backward pass of the last micro-batch, two thirds of its arithmetic)."""
+    lines = [
+        "| cluster | model | tokens a step | arithmetic | exchange | efficiency, none hidden | hidden |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, card, world, (bad, good) in CLUSTERS:
+        for model, (parameters, tokens) in MODELS.items():
+            rank_tokens = tokens / world
+            arithmetic = 6 * parameters * rank_tokens / (REACHED * find_card(card).peak_flops)
+            last = 2 / 3 * arithmetic * min(1.0, MICRO_BATCH / rank_tokens)
+            size = 2 * (world - 1) / world * 4 * parameters
+            times = [size / bandwidth for bandwidth in (bad, good)]
+            plain = [arithmetic / (arithmetic + seconds) for seconds in times]
+            hidden = [arithmetic / (arithmetic + max(0.0, seconds - last)) for seconds in times]
+            lines.append(
+                f"| {name} | {model} | {tokens:,} | {1000 * arithmetic:,.1f} ms | {1000 * times[1]:,.1f} to {1000 * times[0]:,.1f} ms |"
+                f" {plain[0]:.0%} to {plain[1]:.0%} | {hidden[0]:.0%} to {hidden[1]:.0%} |"
+            )
     return "\n".join(lines)
 
 

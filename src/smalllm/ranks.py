@@ -107,7 +107,7 @@ class Ranks:
         """UserError at every rank when a fact (JSON) is not the same at all of them; it gives both values."""
         everyone = self.gather(facts)
         for rank, theirs in enumerate(everyone):
-            for name in sorted({*theirs, *everyone[0]}):
+            for name in everyone[0] | theirs:
                 mine, other = everyone[0].get(name), theirs.get(name)
                 if mine != other:
                     raise UserError(
