@@ -29,6 +29,8 @@ class Hub:
     elsewhere: str | None = None  # address of the server that downloads are redirected to
     silent: bool = False  # take every request and never answer
     seconds: float = 0.0  # that a download takes
+    no_ranges: bool = False  # answer with the whole file, whatever was asked for
+    sent: int = 0  # bytes of files
     announced: dict[str, str] = field(default_factory=dict)  # file -> a SHA-256 that is not its own
     swapped: dict[str, bytes] = field(default_factory=dict)  # file -> what is served for it
     requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
@@ -102,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
         if path == f"/api/datasets/{hub.repo}":
             return self._send(200, hub.info(), {"Content-Type": "application/json"})
-        name = path.removeprefix(f"/datasets/{hub.repo}/resolve/main/")
+        name = path.removeprefix(f"/datasets/{hub.repo}/resolve/").removeprefix("main/").removeprefix(f"{COMMIT}/")
         if name in hub.files and hub.elsewhere:
             return self._send(302, b"", {**self._headers(name), "Location": hub.elsewhere + path})
         if name in hub.files:
@@ -112,11 +114,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str) -> None:
         data = self.hub.swapped.get(name, self.hub.files[name])
-        start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range") or "bytes=0-")[1])
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "bytes=0-")
+        start, end = int(asked[1]), int(asked[2]) + 1 if asked[2] else len(data)
         headers = self._headers(name)
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._send(206 if start else 200, data[start:], headers)
+        if whole := self.hub.no_ranges or (start, end) == (0, len(data)):
+            start, end = 0, len(data)
+        else:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        self.hub.sent += end - start if self.command == "GET" else 0
+        self._send(200 if whole else 206, data[start:end], headers)
 
     def _headers(self, name: str) -> dict[str, str]:
         data = self.hub.swapped.get(name, self.hub.files[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -146,7 +147,7 @@ class Documents(Tokens):
 def test_packed_rows_hold_each_target_once_and_whole_documents(lengths: list[int], context: int, sequences: int):
     split = Documents(lengths)
     batches = Batches(split, context, context * sequences, seed=3, packing="documents")
-    rows = batches.rows.rows
+    rows = [batches.rows.row(index, 0) for index in range(batches.rows.count)]
     begins = set(np.cumsum([0, *lengths])[:-1].tolist())
     targets = Counter(start + 1 + i for row in rows for start, count in row for i in range(count))
     assert targets == Counter(set(range(split.tokens)) - begins)
@@ -158,6 +159,15 @@ def test_packed_rows_hold_each_target_once_and_whole_documents(lengths: list[int
     steps = -(-batches.rows.count // sequences)
     seen = [row for step in range(steps) for row in batches.rows_of(step)][: batches.rows.count]
     assert sorted(seen) == sorted(rows)
+
+
+def test_packed_rows_take_few_bytes_for_each_document():
+    split = Documents([200, 150, 90] * 20_000)
+    tracemalloc.start()
+    rows = Batches(split, 256, 256, seed=0, packing="documents").rows
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert rows.count > 30_000 and kept < 24 * 60_000  # lists of tuples took 142
 
 
 @given(st.lists(st.integers(1, 30), max_size=80))

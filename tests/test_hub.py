@@ -23,9 +23,10 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from smalllm.config import UserError
+from smalllm.data import sources
 from smalllm.data.prepare import prepare
 from smalllm.data.shards import TokenDataset
-from smalllm.data.sources import documents, open_source
+from smalllm.data.sources import documents, open_source, share
 
 REPO = "someone/stories"
 TEXT = "".join(f"Story {number} was told.\n<|endoftext|>\n" for number in range(2_000)).encode()
@@ -212,3 +213,84 @@ def parquet_bytes(*texts: str) -> bytes:
     sink = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": list(texts)}), sink)
     return sink.getvalue().to_pybytes()
+
+
+# -- several machines
+
+
+def rows(count: int, group: int) -> bytes:
+    """A parquet file of texts that cannot be compressed."""
+    file = io.BytesIO()
+    table = pyarrow.table({"text": [f"{number} {os.urandom(200).hex()}" for number in range(count)]})
+    parquet.write_table(table, file, row_group_size=group)
+    return file.getvalue()
+
+
+@pytest.fixture
+def dataset(client, monkeypatch):
+    """Two large files of each format that can be cut, and one that cannot."""
+    monkeypatch.setattr(sources, "RANGE_BYTES", 16_384)
+    monkeypatch.setattr(sources, "SCAN_BYTES", 1024)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 4096)
+    client.files = {
+        "a.txt": TEXT * 10,
+        "b.jsonl": b"".join(json.dumps(f"line {number} of a long file").encode() + b"\n" for number in range(20_000)),
+        "c.parquet": rows(2_400, 240),
+        "d.csv": b"text\n" + b"row of a table\n" * 3_000,
+    }
+    return client
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl", "c.parquet", "d.csv", "*"])
+def test_a_machine_fetches_its_part_alone(dataset, name):
+    source = f"hf://datasets/{REPO}/{name}"
+    parts, fetched = [], []
+    for part in range(1, 5):
+        dataset.sent = 0
+        parts += list(documents(share(source, part, 4)))
+        fetched.append(dataset.sent)
+    size = sum(len(data) for file, data in dataset.files.items() if name in (file, "*"))
+    assert parts == list(documents(source))
+    if name not in ("d.csv", "*"):  # a.txt is read a little at its beginning too, and a parquet file at its end
+        assert max(fetched) < 0.3 * size + 100_000 and sum(fetched) < 1.2 * size + 200_000
+    if name == "d.csv":
+        assert sorted(fetched) == [0, 0, 0, size]
+    assert all(commit in entry[1] for entry in dataset.requests if entry[2] for commit in ["/resolve/0123456789abcdef"])
+
+
+def test_sharing_downloads_nothing_before_it_reads(dataset):
+    share(f"hf://datasets/{REPO}", 1, 3)
+    assert dataset.sent == 0
+
+
+def test_parts_need_no_network_when_the_cache_has_the_files(dataset, monkeypatch):
+    source = f"hf://datasets/{REPO}/b.jsonl"
+    whole = list(documents(source))
+    dataset.status = 500
+    assert [text for part in (1, 2) for text in documents(share(source, part, 2))] == whole
+
+
+@pytest.mark.parametrize("damage", ["no_ranges", "status", "swapped"])
+def test_a_hub_that_gives_something_else_than_the_range_is_named(dataset, damage):
+    shared = share(f"hf://datasets/{REPO}/b.jsonl", 2, 3)
+    if damage == "no_ranges":
+        dataset.no_ranges = True
+    elif damage == "status":
+        dataset.status = 403
+    else:
+        dataset.swapped["b.jsonl"] = dataset.files["b.jsonl"] + b"more"
+    with pytest.raises(UserError) as error:
+        list(documents(shared))
+    expected = "cannot download" if damage == "status" else "the hub did not give bytes"
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
+
+
+def test_parts_of_a_dataset_on_the_hub_become_one(client, tmp_path):
+    learned = tmp_path / "first" / "tokenizer.model"
+    source = f"hf://datasets/{REPO}/train.txt"
+    whole = prepare([source], learned.parent, vocab_size=290)
+    for part in (2, 1):
+        merged = prepare([source], tmp_path / "parts", tokenizer=learned, shard=f"{part}/2")
+    assert merged.complete and (merged.train_tokens, merged.valid_tokens) == (whole.train_tokens, whole.valid_tokens)
+    inputs = TokenDataset.open(tmp_path / "parts").manifest.inputs
+    assert [(file.name, file.sha256) for file in inputs] == [("train.txt", hashlib.sha256(TEXT).hexdigest())]

@@ -17,6 +17,7 @@ import pytest
 from smalllm.commands.prepare import prepare as command
 from smalllm.config import UserError
 from smalllm.data import prepare as module
+from smalllm.data import spool
 from smalllm.data.prepare import prepare
 from smalllm.data.shards import TokenDataset
 from smalllm.tokenizer import Tokenizer
@@ -102,7 +103,7 @@ def test_order_worked_by_hand():
     numbers = np.arange(1, 4, dtype=np.uint64)
     key = int.from_bytes(hashlib.blake2b(b"order 42", digest_size=8).digest(), "little")
     shifted = numbers - np.uint64(key)  # so that the key cancels and the state is 0, 1, 2 steps
-    assert [f"{value:x}" for value in module._mixed(shifted, 42)] == [
+    assert [f"{value:x}" for value in spool._mixed(shifted, 42)] == [
         "e220a8397b1dcdaf",
         "6e789e6aa1b965f4",
         "6c45d188009454f",
@@ -153,6 +154,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from smalllm.data import prepare as module
+from smalllm.data import spool
 module.REPORT_SECONDS, module.BATCH_BYTES = 0.0, 5_000
 def report(state):
     if state.stage == sys.argv[3] and state.documents > 50:
@@ -347,7 +349,7 @@ def test_full_disk_is_one_sentence(source, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module._Spool, "add", full)
+    monkeypatch.setattr(spool.Spool, "add", full)
     assert "cannot be written (No space left on device); free space" in refusal([source], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

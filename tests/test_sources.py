@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from smalllm.config import UserError
 from smalllm.data import sources
-from smalllm.data.sources import Counts, documents, open_source, passages
+from smalllm.data.sources import Counts, documents, open_source, passages, share
 from smalllm.data.storyworld import log2_probability
 
 SEPARATOR = "<|endoftext|>\n"
@@ -219,13 +219,15 @@ def test_standard_input(monkeypatch):
     assert list(documents("-")) == ["a", "b"]
 
 
-def test_sample_rate_is_a_function_of_seed_and_number(tmp_path):
+def test_sample_rate_is_a_function_of_seed_and_text(tmp_path):
     source = write(tmp_path / "a.txt", SEPARATOR.join(f"{number}\n" for number in range(2000)))
     half = list(documents(source, sample_rate=0.5))
     assert half == list(documents(source, sample_rate=0.5)) and 900 < len(half) < 1100
     assert half != list(documents(source, sample_rate=0.5, seed=1))
     assert set(documents(source, sample_rate=0.1)) < set(half)
     assert list(documents(source, sample_rate=0.5, limit=10)) == half[:10]
+    backwards = write(tmp_path / "b.txt", SEPARATOR.join(f"{number}\n" for number in reversed(range(2000))))
+    assert list(documents(backwards, sample_rate=0.5)) == half[::-1]
     assert list(documents(source, limit=3)) == ["0", "1", "2"]
 
 
@@ -387,3 +389,174 @@ def test_a_source_that_is_no_file_is_refused_at_once(tmp_path):
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     for name in ("pipe.txt", "zero.txt"):
         assert f"{name} is not a regular file" in sentence(str(tmp_path / name))
+
+
+# -- several machines
+
+
+def shares(source: str, parts: int, **options: object) -> list[list[str]]:
+    """The documents of each part in turn."""
+    return [list(documents(share(source, part, parts), **options)) for part in range(1, parts + 1)]
+
+
+def flat(lists: list[list[str]]) -> list[str]:
+    return [text for some in lists for text in some]
+
+
+awkward = st.lists(
+    st.text(alphabet="ab \n\r\t\ufeff\u2028é🙂", max_size=12)
+    | st.sampled_from(["<|endoftext|>", "x<|endoftext|>", "<|endoftext|> y", "\r", "a\n<|endoftext|>\nb"]),
+    min_size=1,
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+@settings(max_examples=150, deadline=None)
+@given(
+    files=st.lists(awkward, min_size=1, max_size=3),
+    parts=st.integers(1, 9),
+    scan=st.integers(17, 40),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    last=st.booleans(),
+)
+def test_parts_are_all_documents_in_order_each_once(tmp_path_factory, ending, files, parts, scan, newline, last):
+    folder = tmp_path_factory.mktemp("parts")
+    for number, texts in enumerate(files):
+        if ending == "txt":
+            lines = [f"{text}{newline}<|endoftext|>" for text in texts] + ["end"] * last
+        else:
+            lines = [json.dumps({"text": text}, ensure_ascii=number % 2 == 0) for text in texts] + [""] * last
+        write(folder / f"{number}.{ending}", newline.join(lines) + newline * last)
+    whole, counts = list(_or_nothing(str(folder), Counts())), Counts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "SCAN_BYTES", scan)
+        patch.setattr(sources, "CHUNK_BYTES", scan)
+        found = [list(documents(share(str(folder), part, parts), counts=counts)) for part in range(1, parts + 1)]
+    assert flat(found) == whole
+    expected = Counts()
+    list(_or_nothing(str(folder), expected))
+    assert counts == expected
+
+
+def _or_nothing(source: str, counts: Counts):
+    try:
+        yield from documents(source, counts=counts)
+    except UserError:
+        assert counts.kept == 0
+
+
+def test_borders_are_those_of_the_whole_file(monkeypatch):
+    """Wherever the search begins and however much it reads at once."""
+    data = (
+        b"ab\nx<|endoftext|>\r\nc\n<|endoftext|>\nd\n<|endoftext|>\r\ne<|endoftext|>\nf\n<|endoftext|>\n<|endoftext|>"
+    )
+    borders = [match.end() for match in re.finditer(rb"(?m)^<\|endoftext\|>\r?\n", data)]
+    assert len(borders) == 3
+    for scan in range(17, 60):
+        monkeypatch.setattr(sources, "SCAN_BYTES", scan)
+        for place in range(1, len(data) + 1):
+            expected = next((border for border in borders if border >= place), None)
+            assert sources._next_border(io.BytesIO(data), sources.SEPARATOR_LINE, place) == expected
+
+
+def test_parts_of_a_file_are_about_equal(tmp_path):
+    text = write(tmp_path / "a.txt", SEPARATOR.join(f"story {number:06d}\n" for number in range(10_000)))
+    lines = write(tmp_path / "a.jsonl", "".join(f'"story {number:06d}"\n' for number in range(10_000)))
+    for source in (text, lines):
+        assert all(abs(len(some) - 2_500) <= 1 for some in shares(source, 4))
+
+
+def test_parts_of_parquet_are_row_groups(tmp_path):
+    table = pyarrow.table({"id": range(1000), "text": [f"row {number}" for number in range(1000)]})
+    for name in ("a", "b"):
+        parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=100)
+    found = shares(str(tmp_path), 3)
+    assert flat(found) == list(documents(str(tmp_path))) and [len(some) % 100 for some in found] == [0, 0, 0]
+    assert min(map(len, found)) >= 500
+
+
+def test_what_cannot_be_cut_goes_to_one_part(tmp_path):
+    texts = [f"text {number}\n" for number in range(100)]
+    write(tmp_path / "a.txt.gz", SEPARATOR.join(texts))
+    write(tmp_path / "b.csv", csv_of(["text"], *([f"csv\n{text}"] for text in texts)))
+    write(tmp_path / "c.json", json.dumps([f"json {text}" for text in texts]))
+    write(tmp_path / "d.txt", "no separator " * 500)
+    write(tmp_path / "e.txt", "")
+    zst(tmp_path / "f.jsonl.zst", "".join(json.dumps(f"zst {text}") + "\n" for text in texts))
+    archive(tmp_path / "g.tar.gz", {"h.txt": "in an archive", "i.txt": "another"})
+    whole = list(documents(str(tmp_path)))
+    assert len(whole) == 403
+    for parts in (2, 3, 8, 50):
+        found = shares(str(tmp_path), parts)
+        assert flat(found) == whole
+        for kind, count in (("text", 100), ("csv", 100), ("json", 100), ("no ", 1), ("zst", 100), ("in an", 1)):
+            assert sorted(sum(text.startswith(kind) for text in some) for some in found)[-2:] == [0, count]
+
+
+def zst(path: Path, text: str) -> str:
+    path.write_bytes(pyarrow.compress(text.encode(), "zstd", asbytes=True))
+    return str(path)
+
+
+def test_zst_is_read_and_damage_is_named(tmp_path):
+    text = "".join(f"story {number}\n{SEPARATOR}" for number in range(2000))
+    path = Path(zst(tmp_path / "a.txt.zst", text))
+    assert list(documents(str(path))) == [f"story {number}" for number in range(2000)]
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole)  # as tools write that compress in several threads
+    assert len(list(documents(str(path)))) == 4000
+    for data in (whole[:-5], b"nothing of the kind"):
+        path.write_bytes(data)
+        assert "a.txt.zst cannot be read" in sentence(str(path))
+
+
+def test_parts_of_the_story_world(tmp_path):
+    found = shares("storyworld:20@5", 3)
+    assert flat(found) == list(documents("storyworld:20@5")) and sorted(map(len, found)) == [6, 7, 7]
+    assert share("storyworld:200", 1, 3).validation == open_source("storyworld:200").validation
+    assert flat(shares("storyworld:2", 5)) == list(documents("storyworld:2"))
+
+
+def test_sampling_does_not_depend_on_the_parts(tmp_path):
+    source = write(tmp_path / "a.txt", SEPARATOR.join(f"{number}\n" for number in range(2000)))
+    assert flat(shares(source, 7, sample_rate=0.3)) == list(documents(source, sample_rate=0.3))
+
+
+def test_num_files_comes_before_the_parts(tmp_path):
+    for name in "abc":
+        write(tmp_path / f"{name}.txt", f"{name}\n{SEPARATOR}" * 10)
+    found = [list(documents(share(str(tmp_path), part, 2, num_files=2))) for part in (1, 2)]
+    assert found == [["a"] * 10, ["b"] * 10]
+
+
+def test_standard_input_has_no_parts():
+    with pytest.raises(
+        UserError, match="standard input. cannot be shared by several machines; write it to a file first"
+    ):
+        share("-", 1, 2)
+
+
+def test_mistakes_in_a_part_name_the_place(tmp_path):
+    lines = [f'"story {number}"' for number in range(1000)]
+    lines[900] = "{"
+    source = write(tmp_path / "a.jsonl", "\n".join(lines))
+    with pytest.raises(UserError, match=r"a.jsonl line \d+ from byte \d+ on is not JSON"):
+        list(documents(share(source, 2, 2)))
+    data = SEPARATOR.join(f"{number:04d}\n" for number in range(1000)).encode()
+    place = data.index(b"0900")
+    broken = write(tmp_path / "a.txt", data[:place] + b"\xff" + data[place + 1 :])
+    with pytest.raises(UserError, match=f"a.txt is not UTF-8 at byte offset {place} "):
+        list(documents(share(broken, 2, 2)))
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path):
+    """One row group of 40 MB, of which memory holds a few pages."""
+    table = pyarrow.table({"text": [os.urandom(5_000).hex() for _ in range(4_000)]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4_000, use_dictionary=False)
+    del table
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for number, _ in enumerate(documents(str(tmp_path / "a.parquet"))):
+        if number % 100 == 0:
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert 0 < most < 20e6

@@ -35,6 +35,9 @@ KEYS = (
     "reused",
     "fingerprint",
     "leaks",
+    "shard",
+    "complete",
+    "missing",
 )
 STAGES = {"read": "reading documents", "tokenizer": "learning the vocabulary", "encode": "encoding"}
 
@@ -51,6 +54,7 @@ def prepare(
     limit: Annotated[int | None, Parameter(name="--limit")] = None,
     seed: Annotated[int, Parameter(name="--seed")] = 42,
     workers: Annotated[int | None, Parameter(name="--workers")] = None,
+    shard: Annotated[str | None, Parameter(name="--shard")] = None,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Turn text into a dataset: documents, validation split, vocabulary, token shards.
@@ -59,7 +63,7 @@ def prepare(
     ----------
     sources
         storyworld[-small][:STORIES], tinystories, hf://datasets/OWNER/NAME[/FILE], a file, a folder, a glob
-        (.txt .jsonl .csv .parquet .json .gz), or - for standard input. In .txt a line <|endoftext|> separates
+        (.txt .jsonl .csv .parquet .json .gz .zst), or - for standard input. In .txt a line <|endoftext|> separates
         documents; without one, a file is a document, and a single long document is cut at paragraphs.
     out
         The dataset folder to make.
@@ -81,6 +85,9 @@ def prepare(
         Decides the split, the sample and the order.
     workers
         Threads that encode [default: one for each core]; the result does not depend on it.
+    shard
+        Make part I of N of the dataset, as in 2/5, with --tokenizer: N machines give the same command with I from 1 to N and one
+        folder, and the last one to finish makes one dataset of the parts.
     json_output
         Print one JSON object to standard output.
     """
@@ -101,6 +108,7 @@ def prepare(
             limit=limit,
             seed=seed,
             workers=workers,
+            shard=shard,
             progress=report,
         )
     finally:
@@ -142,7 +150,7 @@ def _lines(console: Console) -> Callable[[PrepareProgress], None]:
 def _summary(result: PrepareResult) -> str:
     out = plain(result.out)
     lines = [
-        f"{'unchanged: ' if result.reused else ''}{out}",
+        f"{'unchanged: ' if result.reused else ''}{out}{'' if result.complete else f', part {result.shard} alone'}",
         f"  train       {result.train_documents:,} documents, {result.train_tokens:,} tokens",
         f"  validation  {result.valid_documents:,} documents, {result.valid_tokens:,} tokens",
         f"  vocabulary  {result.vocab_size:,} pieces, {result.bytes_per_token:.2f} bytes per token",
@@ -154,7 +162,17 @@ def _summary(result: PrepareResult) -> str:
     lines += _leaks(result.leaks)
     if not result.reused:
         lines.append(f"  speed       {result.megabytes_per_second:.1f} MB/s, {result.seconds:.1f} s")
+    if not result.complete:
+        return "\n".join([*lines, _what_is_missing(result)])
     return "\n".join([*lines, f"next: smalllm train --data {out}"])
+
+
+def _what_is_missing(result: PrepareResult) -> str:
+    """What to do until there is a dataset."""
+    if not result.missing:
+        return "next: wait; another process makes one dataset of the parts"
+    some = ", ".join(result.missing[:8]) + (", ..." if len(result.missing) > 8 else "")
+    return f"next: the parts that are missing ({len(result.missing)}): {some}; the last one to finish makes one dataset of them"
 
 
 def _leaks(leaks: dict[str, Any] | None) -> list[str]:

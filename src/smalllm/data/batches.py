@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ class StreamRows:
 
 class PackedRows:
     """Whole documents packed into rows (best fit, longest first, among neighbours in the stored order), so that a token
-    sees all of its document; a document longer than ``context`` is cut into pieces. Begin tokens are no targets."""
+    sees all of its document; a document longer than ``context`` is cut into pieces. Begin tokens are no targets.
+    Memory holds 12 bytes for each piece and 8 for each row."""
 
     GROUP = 4096
 
@@ -80,20 +82,27 @@ class PackedRows:
         lengths = np.fromiter((len(document) for document in split.iterate_documents()), dtype=np.int64)
         if not len(lengths) or lengths.max() < 2:
             raise UserError(f"the {split.name} split holds no token to learn; give more text to: smalllm prepare")
-        starts = np.cumsum(lengths) - lengths
-        self.rows: list[list[Segment]] = []
+        self._starts, self._targets = array("Q"), array("I")  # of the pieces, row after row
+        self._ends = array("Q", [0])  # of the rows among them
+        begin = 0
         for first in range(0, len(lengths), self.GROUP):
-            group = slice(first, first + self.GROUP)
+            group = lengths[first : first + self.GROUP]
+            starts = begin + np.cumsum(group) - group
+            begin += int(group.sum())
             pieces = [
                 (start + offset, min(context, length - 1 - offset))
-                for start, length in zip(starts[group].tolist(), lengths[group].tolist(), strict=True)
+                for start, length in zip(starts.tolist(), group.tolist(), strict=True)
                 for offset in range(0, length - 1, context)
             ]
-            self.rows += pack(pieces, context)
-        self.count = len(self.rows)
+            for row in pack(pieces, context):
+                self._starts.extend(start for start, _ in row)
+                self._targets.extend(targets for _, targets in row)
+                self._ends.append(len(self._starts))
+        self.count = len(self._ends) - 1
 
     def row(self, index: int, epoch: int) -> list[Segment]:
-        return self.rows[index]
+        pieces = slice(self._ends[index], self._ends[index + 1])
+        return list(zip(self._starts[pieces], self._targets[pieces], strict=True))
 
 
 def pack(pieces: list[Segment], capacity: int) -> list[list[Segment]]:

@@ -2,14 +2,14 @@
 
 It knows nothing of models and training, and of formats and hubs only what `sources` tells it.
 
-1. Every document is copied once to a spool file in the dataset's folder; memory keeps 16 bytes for each (its place and
-   a 64-bit hash of its text and the seed).
-2. The hash decides the side, so equal texts fall on the same side. Texts of the validation side occur there once, and
-   nowhere in training.
-3. A seeded permutation of all documents is the stored order. The tokenizer learns from the first 20 MB of training text
-   in that order: an even sample of everything.
-4. Batches of documents are encoded on all threads and appended to shards. The first 50 MB of training are compared with
+1. Every document is copied once to a spool (`spool`), a file that gives documents back in a seeded random order; memory keeps 16
+   bytes for each validation document. A 64-bit hash of its text and the seed decides its side, so equal texts fall on the same
+   one. Texts of the validation side occur there once, and nowhere in training.
+2. The tokenizer learns from the first 20 MB of training text in the random order: an even sample of everything.
+3. Batches of documents are encoded on all threads and appended to shards. The first 50 MB of training are compared with
    validation on the way (`duplicates`), and what resembles it stands in the manifest, which comes last.
+
+Several machines do the same with their shares of the documents, and `parts` makes one dataset of what they wrote.
 
 The result depends on the documents and the settings, never on the number of workers. An interrupted prepare leaves no
 manifest; the next one removes what it finds and starts again.
@@ -20,18 +20,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 
 from smalllm.config import UserError
-from smalllm.data.duplicates import Auditor, scrambled
+from smalllm.data.duplicates import Auditor
+from smalllm.data.parts import Part, PartManifest, clear, compared_texts, merge, tidy
 from smalllm.data.shards import (
     MANIFEST,
     TOKENIZER,
@@ -42,10 +44,10 @@ from smalllm.data.shards import (
     SplitRecord,
     TokenDataset,
     file_sha256,
-    read_at,
     token_dtype,
 )
-from smalllm.data.sources import Counts, Source, documents, open_source, passages
+from smalllm.data.sources import Counts, Source, documents, open_source, passages, share
+from smalllm.data.spool import Document, Spool, keys
 from smalllm.files import FileSystem
 from smalllm.tokenizer import MAX_PIECES, Tokenizer
 
@@ -55,7 +57,6 @@ SAMPLE_BYTES = 20_000_000
 BATCH_BYTES = 4_000_000
 AUDIT_BYTES = 50_000_000  # of training text; `duplicates.audit` compares everything
 REPORT_SECONDS = 0.1
-SPOOL = ".spool"
 LOCK = ".lock"
 OURS = re.compile(
     r"\.lock|\.spool|manifest\.json|tokenizer\.model|floors\.json|(train|valid)-\d{5}\.bin|\.tmp-.+-\d+|\..+\.tmp"
@@ -95,6 +96,9 @@ class PrepareResult:
     reused: bool = False  # the folder held this dataset already
     fingerprint: str = ""
     leaks: dict[str, Any] | None = None  # shards.LeakRecord: validation documents that training nearly holds
+    shard: str | None = None  # which of several parts was asked for, such as "2/5"
+    complete: bool = True  # else the figures are those of this part alone, and there is no dataset yet
+    missing: list[str] = field(default_factory=list)  # the parts that are not made yet
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def prepare(
     limit: int | None = None,
     seed: int = 42,
     workers: int | None = None,
+    shard: str | None = None,
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> PrepareResult:
     """Make the dataset folder `out` from `sources`.
@@ -130,8 +135,14 @@ def prepare(
     `valid_fraction` is given; else a fraction (0.02) of the documents is held out. A single document, such as a book,
     is first cut into passages. `num_files`, `sample_rate` and `limit` apply to `sources` only. The vocabulary is that of a
     given `tokenizer`, or `vocab_size` pieces (4,096 unless given) are learned. If `out` already holds the dataset of these settings it is kept
-    (`reused`). Raises UserError for every mistake of the user.
+    (`reused`).
+
+    `shard` such as "2/5" makes the second of five parts of the dataset, from a fifth of the sources, with a `tokenizer` that all parts
+    share. Who finishes last makes one dataset of them; until then the figures are those of the part (`missing`).
+
+    Raises UserError for every mistake of the user.
     """
+    part = Part.parse(shard) if shard is not None else Part(1, 1)
     given = Tokenizer.load(tokenizer) if tokenizer else None
     if given and vocab_size not in (None, given.vocab_size):
         raise UserError(f"vocab_size={vocab_size} but {tokenizer} has {given.vocab_size} pieces; leave vocab_size out")
@@ -140,6 +151,8 @@ def prepare(
     )
     _check_settings(sources, valid, settings, workers)
     clock = _Clock(progress)
+    if part.of > 1:
+        return _prepare_part(part, sources, Path(out), valid, given, settings, workers or _cores(), clock)
     opened = [open_source(source, num_files=num_files) for source in sources]
     held_out = _validation_source(opened, valid, valid_fraction)
     with _locked(Path(out)) as folder:
@@ -147,13 +160,115 @@ def prepare(
         if (folder / MANIFEST).exists():
             return _reuse(folder, description, clock)
         _clear(folder)
-        try:
+        with _cleared_on_failure(folder, lambda: _clear(folder)):
             return _make(folder, opened, held_out, description, given, workers or _cores(), settings, clock)
-        except BaseException as error:
-            _clear(folder)
-            if isinstance(error, OSError):  # reading errors are UserErrors already
-                raise UserError(f"out={folder} cannot be written ({error.strerror}); free space or change it") from None
-            raise
+
+
+def _prepare_part(
+    part: Part,
+    sources: Sequence[str],
+    out: Path,
+    valid: str | None,
+    given: Tokenizer | None,
+    settings: Settings,
+    threads: int,
+    clock: _Clock,
+) -> PrepareResult:
+    """Make one of several parts, unless it is there, and one dataset of all if this was the last one missing."""
+    if given is None:
+        learn = f"smalllm prepare {shlex.join(sources)} --limit 20000 --out FOLDER"
+        raise UserError(
+            f"shard={part} needs one tokenizer for all parts; learn it with `{learn}` and add --tokenizer FOLDER/{TOKENIZER}"
+        )
+    if settings.limit is not None:
+        raise UserError(
+            f"limit={settings.limit} counts the documents of all parts, which shard={part} does not know; "
+            "use sample_rate or num_files"
+        )
+    opened = [share(source, *part, num_files=settings.num_files) for source in sources]
+    held_out = _validation_source(opened, valid, settings.valid_fraction)
+    description = _describe(opened, held_out, settings, given, part)
+    with _locked(out, f"{LOCK}-{part.label}") as folder:
+        if (folder / MANIFEST).exists():
+            made = None
+        elif (folder / part.manifest).exists():
+            made = PartManifest.load(folder, part.manifest)
+            _check_part(made, description, given, folder, part)
+        else:
+            clear(folder, part)
+            with _cleared_on_failure(folder, lambda: clear(folder, part)):
+                made = _make_part(folder, part, opened, held_out, description, given, threads, settings, clock)
+        return replace(_finish(folder, part, made, description, given, clock), shard=str(part))
+
+
+def _finish(
+    folder: Path, part: Part, made: PartManifest | None, description: _Description, given: Tokenizer, clock: _Clock
+) -> PrepareResult:
+    """The dataset of all parts, if they are there and nobody else is making it; else the figures of this part."""
+    missing, done = part.missing(folder), (folder / MANIFEST).exists()
+    result = None
+    if (done or not missing) and (lock := _lock(folder / LOCK)):
+        try:
+            if made and not (folder / MANIFEST).exists():
+                with _cleared_on_failure(folder):
+                    manifest, duplicates, empty = merge(folder, part, given, AUDIT_BYTES)
+                rate = _result(folder, made, clock).megabytes_per_second
+                result = replace(_result(folder, manifest, clock), duplicates=duplicates, empty=empty)
+                result = replace(result, megabytes_per_second=rate)
+            tidy(folder, part)
+        finally:
+            _unlock(lock, folder / LOCK)
+    if result:
+        return result
+    if made is None or (folder / MANIFEST).exists():  # another one was faster
+        return _reuse(folder, description, clock)
+    figures = replace(_result(folder, made, clock), duplicates=made.duplicates, empty=made.empty, fingerprint="")
+    return replace(figures, complete=False, missing=[str(other) for other in missing])
+
+
+def _make_part(
+    folder: Path,
+    part: Part,
+    sources: list[Source],
+    held_out: Source | None,
+    description: _Description,
+    given: Tokenizer,
+    threads: int,
+    settings: Settings,
+    clock: _Clock,
+) -> PartManifest:
+    """Write the shards of one part and its manifest."""
+    for other in part.fellows:  # a mistake is found now, and not when all are done
+        if (folder / other.manifest).exists():
+            known = PartManifest.load(folder, other.manifest)
+            _check_part(known, description, given, folder, part)
+    with closing(_Corpus(folder, settings, bool(held_out))) as corpus:
+        empty = _fill(corpus, sources, held_out, settings, clock, part)
+        encoder = _Encoder(folder, corpus, given, threads, clock, f"-{part.label}")
+        made = PartManifest(
+            **_origin(description, given),
+            valid=encoder.write("valid", corpus.valid()),
+            train=encoder.write("train", corpus.train()),
+            part=part.number,
+            parts=part.of,
+            duplicates=0,
+            empty=empty,
+        )
+        left_out = len(corpus) - made.train.documents - made.valid.documents
+        made = made.model_copy(update={"duplicates": left_out})
+    FileSystem().sync_folder(folder)
+    made.save(folder, part.manifest)
+    return made
+
+
+def _check_part(made: PartManifest, description: _Description, given: Tokenizer, folder: Path, part: Part) -> None:
+    """UserError unless a part that is there is of the dataset that was asked for."""
+    known = (made.sources, made.inputs, made.settings, made.tokenizer_fingerprint)
+    if known != (description.sources, description.inputs, description.settings, given.fingerprint):
+        raise UserError(
+            f"out={folder} has part {made.part}/{made.parts} of other settings, sources or another tokenizer than shard={part}; "
+            "give all machines the same command but for --shard, and a new folder"
+        )
 
 
 # -- before the work
@@ -212,12 +327,21 @@ class _Description:
     repeatable: bool  # standard input is not
 
 
-def _describe(sources: list[Source], valid: Source | None, settings: Settings, given: Tokenizer | None) -> _Description:
+def _describe(
+    sources: list[Source], valid: Source | None, settings: Settings, given: Tokenizer | None, part: Part | None = None
+) -> _Description:
+    """What the manifest says. Where machines share the sources, none reads all files, so files have the SHA-256 that the hub
+    tells, or none."""
     everything = [*sources, valid] if valid else sources
-    inputs = [
-        InputRecord(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
+    read = [
+        InputRecord(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path) if part is None else None)
         for source in everything
         for path in source.paths
+    ]
+    shared = [
+        InputRecord(name=file.name, bytes=file.bytes, sha256=file.sha256)
+        for source in everything
+        for file in source.files
     ]
     fields: dict[str, str | int | float | None] = {
         "valid": valid.name if valid else None,
@@ -228,8 +352,11 @@ def _describe(sources: list[Source], valid: Source | None, settings: Settings, g
         "tokenizer": given.fingerprint if given else None,
         "vocab_size": given.vocab_size if given else settings.vocab_size,
     }
+    if part is not None:
+        fields["parts"] = part.of
     names = [source.name for source in sources]
-    return _Description(names, inputs, {**fields, "seed": settings.seed}, all(s.name != "-" for s in everything))
+    repeatable = all(source.name != "-" for source in everything)
+    return _Description(names, shared + read, {**fields, "seed": settings.seed}, repeatable)
 
 
 def _cores() -> int:
@@ -240,23 +367,46 @@ def _cores() -> int:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
-    """Create the folder and keep other prepares out of it. The system drops the lock of a process that dies."""
+def _locked(folder: Path, name: str = LOCK) -> Iterator[Path]:
+    """Create the folder and keep other prepares out of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "ab")  # noqa: SIM115 (closed below)
+        lock = _lock(folder / name)
     except OSError as error:
         raise UserError(f"out={folder} cannot be written ({error.strerror}); choose another folder") from None
-    with file:
-        if not _try_lock(file, folder / LOCK):
-            raise UserError(f"out={folder} is being written by another prepare; wait for it or choose another folder")
-        try:
-            yield folder
-        finally:
-            with suppress(OSError):  # Windows does not remove an open file
-                (folder / LOCK).unlink()
-            with suppress(OSError):  # a folder that got nothing should not stay
-                folder.rmdir()
+    if lock is None:
+        raise UserError(f"out={folder} is being written by another prepare; wait for it or choose another folder")
+    try:
+        yield folder
+    finally:
+        _unlock(lock, folder / name)
+
+
+def _lock(path: Path) -> IO[bytes] | None:
+    """A file that is locked until it is closed, or None where another process has it. The system drops the lock of a process that dies."""
+    file = open(path, "ab")  # noqa: SIM115 (_unlock closes it)
+    if _try_lock(file, path):
+        return file
+    file.close()
+    return None
+
+
+def _unlock(lock: IO[bytes], path: Path) -> None:
+    with lock, suppress(OSError):  # Windows does not remove an open file
+        path.unlink()
+        path.parent.rmdir()  # a folder that got nothing should not stay
+
+
+@contextmanager
+def _cleared_on_failure(folder: Path, clear: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Remove what was made when making fails, and say what is wrong with the disk."""
+    try:
+        yield
+    except BaseException as error:
+        clear()
+        if isinstance(error, OSError):  # reading errors are UserErrors already
+            raise UserError(f"out={folder} cannot be written ({error.strerror}); free space or change it") from None
+        raise
 
 
 def _try_lock(file: IO[bytes], path: Path) -> bool:
@@ -302,55 +452,122 @@ def _reuse(folder: Path, description: _Description, clock: _Clock) -> PrepareRes
 # -- the work
 
 
-class _Spool:
-    """Documents on disk, found by number; in memory 16 bytes for each."""
+class _Corpus:
+    """All documents in two spools, one of each side, in one random order; in memory 16 bytes for each validation document.
 
-    def __init__(self, path: Path, seed: int) -> None:
-        self._path = path
-        self._file = open(path, "w+b", buffering=1 << 20)  # noqa: SIM115 (closed by close)
-        self._key = f"smalllm {seed}".encode()
-        self.ends = array("Q", [0])
-        self._hashes = array("Q")
+    Two kinds: with validation documents of a source of their own (`held_out`), or with a fraction of the documents."""
+
+    def __init__(self, folder: Path, settings: Settings, held_out: bool) -> None:
+        self._folder, self._held_out = folder, held_out
+        fraction = settings.valid_fraction or VALID_FRACTION
+        self._limit = 0 if held_out else int(min(fraction * 2.0**64, 2.0**64 - 2048))  # marks below it are validation
+        self._secret = f"smalllm {settings.seed}".encode()
+        self._seed = settings.seed
+        self._begin()
+
+    def hold_out(self, text: str) -> None:
+        """A document of validation."""
+        self._put(self._document(text), valid=True)
+
+    def know(self, text: str) -> None:
+        """A document that another machine puts on the validation side."""
+        self._valid_marks.append(self._mark(text.encode()))
+        self._valid_keys.append(0)
 
     def add(self, text: str) -> None:
-        data = text.encode()
-        self._file.write(data)
-        self.ends.append(self.ends[-1] + len(data))
-        self._hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._key).digest(), "little"))
+        """A document of the sources; its text decides its side."""
+        document = self._document(text)
+        self._put(document, valid=document.mark < self._limit)
 
-    def text(self, number: int) -> bytes:
-        """The UTF-8 text of a document."""
-        start, end = self.ends[number], self.ends[number + 1]
-        return read_at(self._file.fileno(), start, end - start)
-
-    def flush(self) -> None:
-        """After the last `add` and before the first `text`."""
-        self._file.flush()
+    def settle(self) -> None:
+        """After the last document: with few of them, the nearest one goes to a side that would be empty. UserError where that
+        cannot be."""
+        if not self._held_out and len(self) and not (self._train.documents and self._valid.documents):
+            marks = [document.mark for spool in self._spools for bucket in spool.buckets() for document in bucket]
+            self._divide(min(max(self._limit, min(marks) + 1), max(marks)))
+        if not self._valid.documents or next(self.train(), None) is None:
+            raise UserError(_one_sided(len(self), self._held_out))
 
     def cut_only_document(self) -> None:
         """Replace a single document by its passages: a book becomes a corpus."""
-        self.flush()
-        text = self.text(0).decode()
-        self._file.seek(0)
-        self._file.truncate()
-        self.ends, self._hashes = array("Q", [0]), array("Q")
+        text = next(bucket[0].text for spool in self._spools for bucket in spool.buckets()).decode()
+        self.close()
+        self._begin()
         for passage in passages(text):
             self.add(passage)
 
+    def valid(self) -> Iterator[bytes]:
+        """The texts of validation in stored order, each once."""
+        copies = self._copies()
+        for bucket in self._valid.buckets():
+            for document in bucket:
+                self.passed += len(document.text)
+                if document.key not in copies:
+                    yield document.text
+
+    def train(self) -> Iterator[bytes]:
+        """The texts of training in stored order, without those of a validation source."""
+        known = np.unique(np.frombuffer(self._valid_marks, np.uint64)) if self._held_out else None
+        for bucket in self._train.buckets():
+            left_out = [False] * len(bucket)
+            if known is not None:
+                left_out = np.isin(np.array([document.mark for document in bucket], np.uint64), known).tolist()
+            for document, copy in zip(bucket, left_out, strict=True):
+                self.passed += len(document.text)
+                if not copy:
+                    yield document.text
+
     def close(self) -> None:
-        self._file.close()
+        """Give the disk back."""
+        for spool in self._spools:
+            spool.close()
 
     @property
-    def bytes(self) -> int:
-        return self.ends[-1]
-
-    @property
-    def hashes(self) -> np.ndarray:
-        """(documents,) uint64: equal for equal texts."""
-        return np.array(self._hashes, dtype=np.uint64)
+    def text_bytes(self) -> int:
+        return self._train.text_bytes + self._valid.text_bytes
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        return self._train.documents + self._valid.documents
+
+    @property
+    def _spools(self) -> tuple[Spool, Spool]:
+        return self._train, self._valid
+
+    def _begin(self) -> None:
+        self._train, self._valid = Spool(self._folder), Spool(self._folder)
+        self._keys = keys(self._seed)
+        self._valid_marks, self._valid_keys = array("Q"), array("Q")
+        self.passed = 0  # bytes of text that `valid` and `train` have gone by; who encodes begins at 0
+
+    def _document(self, text: str) -> Document:
+        data = text.encode()
+        return Document(next(self._keys), self._mark(data), data)
+
+    def _mark(self, data: bytes) -> int:
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._secret).digest(), "little")
+
+    def _put(self, document: Document, valid: bool) -> None:
+        (self._valid if valid else self._train).add(document)
+        if valid:
+            self._valid_marks.append(document.mark)
+            self._valid_keys.append(document.key)
+
+    def _divide(self, limit: int) -> None:
+        """Divide the documents anew."""
+        spools = self._spools
+        self._begin()
+        for spool in spools:
+            for bucket in spool.buckets():
+                for document in bucket:
+                    self._put(document, document.mark < limit)
+            spool.close()
+
+    def _copies(self) -> set[int]:
+        """The keys of validation documents whose text stands there already."""
+        order = np.lexsort((self._valid_keys, self._valid_marks))
+        marks = np.array(self._valid_marks, np.uint64)[order]
+        again = order[1:][marks[1:] == marks[:-1]]
+        return set(np.array(self._valid_keys, np.uint64)[again].tolist())
 
 
 def _make(
@@ -363,98 +580,79 @@ def _make(
     settings: Settings,
     clock: _Clock,
 ) -> PrepareResult:
-    spool = _Spool(folder / SPOOL, settings.seed)
-    try:
-        held_out_documents, empty = _fill(spool, sources, held_out, settings, clock)
-        train, valid, duplicates = _split(spool, held_out_documents, settings)
-        tokenizer = given or _learn(spool, train, settings.vocab_size, clock)
+    with closing(_Corpus(folder, settings, bool(held_out))) as corpus:
+        empty = _fill(corpus, sources, held_out, settings, clock)
+        tokenizer = given or _learn(corpus, settings.vocab_size, clock)
         tokenizer.save(folder / TOKENIZER)
-        total = _text_bytes(spool, train) + _text_bytes(spool, valid)
-        encoder = _Encoder(folder, spool, tokenizer, threads, clock, total)
-        auditor = Auditor(
-            lambda number: spool.text(valid[number]), len(valid), seed=settings.seed, most_bytes=AUDIT_BYTES
-        )
+        texts = compared_texts(corpus.valid())
+        encoder = _Encoder(folder, corpus, tokenizer, threads, clock)
+        auditor = Auditor(texts.__getitem__, len(texts), seed=settings.seed, most_bytes=AUDIT_BYTES)
         manifest = Manifest(
-            sources=description.sources,
-            inputs=description.inputs,
-            settings=description.settings,
-            seed=settings.seed,
-            vocab_size=tokenizer.vocab_size,
-            dtype=token_dtype(tokenizer.vocab_size),
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            valid=encoder.write("valid", valid),
-            train=encoder.write("train", train, auditor),
+            **_origin(description, tokenizer),
+            valid=encoder.write("valid", corpus.valid()),
+            train=encoder.write("train", corpus.train(), auditor),
             leaks=auditor.finish(),
         )
-    finally:
-        spool.close()
-    (folder / SPOOL).unlink()
+        left_out = len(corpus) - manifest.train.documents - manifest.valid.documents
     FileSystem().sync_folder(folder)
     manifest.save(folder)
-    return replace(_result(folder, manifest, clock), duplicates=duplicates, empty=empty)
+    return replace(_result(folder, manifest, clock), duplicates=left_out, empty=empty)
+
+
+def _origin(description: _Description, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of a manifest that say what made it."""
+    return {
+        "sources": description.sources,
+        "inputs": description.inputs,
+        "settings": description.settings,
+        "seed": description.settings["seed"],
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
 
 
 def _fill(
-    spool: _Spool, sources: list[Source], held_out: Source | None, settings: Settings, clock: _Clock
-) -> tuple[int, int]:
-    """Spool the validation documents, then the others; the number of the first, and of empty documents."""
-    empty = Counts()
+    corpus: _Corpus,
+    sources: list[Source],
+    held_out: Source | None,
+    settings: Settings,
+    clock: _Clock,
+    part: Part | None = None,
+) -> int:
+    """Spool the validation documents, then the others; how many empty documents were left out. The first of several parts
+    keeps the validation documents, the others only know them."""
+    skipped = 0
     if held_out:
-        _spool(spool, documents(held_out, seed=settings.seed, counts=empty), clock)
-    held_out_documents, skipped, left = len(spool), empty.empty, settings.limit
+        counts = Counts()
+        keep = corpus.hold_out if part is None or part.number == 1 else corpus.know
+        _spool(corpus, keep, documents(held_out, seed=settings.seed, counts=counts), clock)
+        skipped = counts.empty if keep == corpus.hold_out else 0
+    left = settings.limit
     for source in sources:
         counts = Counts()
-        _spool(spool, _selected(source, settings, left, counts), clock)
+        _spool(corpus, corpus.add, _selected(source, settings, left, counts), clock)
         skipped += counts.empty
         left = left - counts.kept if left is not None else None
         if left == 0:
             break
-    if held_out is None and len(spool) == 1:
-        spool.cut_only_document()
-    spool.flush()
-    return held_out_documents, skipped
+    if part is None:
+        if held_out is None and len(corpus) == 1:
+            corpus.cut_only_document()
+        corpus.settle()
+    return skipped
 
 
 def _selected(source: Source, settings: Settings, limit: int | None, counts: Counts) -> Iterator[str]:
     return documents(source, sample_rate=settings.sample_rate, limit=limit, seed=settings.seed, counts=counts)
 
 
-def _spool(spool: _Spool, texts: Iterator[str], clock: _Clock) -> None:
+def _spool(corpus: _Corpus, keep: Callable[[str], None], texts: Iterator[str], clock: _Clock) -> None:
     for text in texts:
-        spool.add(text)
-        clock.report("read", len(spool), spool.bytes)
-
-
-def _split(spool: _Spool, held_out_documents: int, settings: Settings) -> tuple[np.ndarray, np.ndarray, int]:
-    """Numbers of the training and of the validation documents in stored order, and of duplicates left out."""
-    hashes = spool.hashes
-    order = np.argsort(_mixed(np.arange(len(hashes), dtype=np.uint64), settings.seed), kind="stable")
-    if held_out_documents:
-        chosen = order < held_out_documents
-    else:
-        chosen = _held_out(hashes, settings.valid_fraction or VALID_FRACTION)[order]
-    valid, train = order[chosen], order[~chosen]
-    once = np.sort(np.unique(hashes[valid], return_index=True)[1])
-    train = train[~np.isin(hashes[train], hashes[valid])]
-    if not len(train) or not len(once):
-        raise UserError(_one_sided(len(hashes), bool(held_out_documents)))
-    return train, valid[once], len(hashes) - len(train) - len(once)
-
-
-def _held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are validation. With few documents, the nearest one goes to a side that would be empty."""
-    threshold = np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048))
-    lowest, highest = hashes.min(), hashes.max()
-    return hashes < min(max(threshold, lowest + np.uint64(1)), highest)
-
-
-def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64 (Steele, Lea and Flood 2014) of each number: pseudo-random keys that no library version changes."""
-    key = int.from_bytes(hashlib.blake2b(f"order {seed}".encode(), digest_size=8).digest(), "little")
-    with np.errstate(over="ignore"):
-        return scrambled((numbers + np.uint64(key)) * np.uint64(0x9E3779B97F4A7C15))
+        keep(text)
+        clock.report("read", len(corpus), corpus.text_bytes)
 
 
 def _one_sided(count: int, explicit: bool) -> str:
@@ -467,69 +665,69 @@ def _one_sided(count: int, explicit: bool) -> str:
     )
 
 
-def _learn(spool: _Spool, train: np.ndarray, vocab_size: int, clock: _Clock) -> Tokenizer:
+def _learn(corpus: _Corpus, vocab_size: int, clock: _Clock) -> Tokenizer:
     """A tokenizer from an even sample of the training documents."""
-    clock.report("tokenizer", len(train), 0)
-    sampled, size = 0, 0
-    while sampled < len(train) and size < SAMPLE_BYTES:
-        size += spool.ends[train[sampled] + 1] - spool.ends[train[sampled]]
-        sampled += 1
-    return Tokenizer.train((spool.text(number).decode() for number in train[:sampled]), vocab_size)
-
-
-def _text_bytes(spool: _Spool, numbers: np.ndarray) -> int:
-    return int(np.diff(np.array(spool.ends, dtype=np.uint64))[numbers].sum())
+    clock.report("tokenizer", len(corpus), 0)
+    sample: list[str] = []
+    size = 0
+    for text in corpus.train():
+        sample.append(text.decode())
+        size += len(text)
+        if size >= SAMPLE_BYTES:
+            break
+    return Tokenizer.train(sample, vocab_size)
 
 
 class _Encoder:
-    """Writes splits from the spool."""
+    """Writes splits from the spools."""
 
     def __init__(
-        self, folder: Path, spool: _Spool, tokenizer: Tokenizer, threads: int, clock: _Clock, total: int
+        self, folder: Path, corpus: _Corpus, tokenizer: Tokenizer, threads: int, clock: _Clock, label: str = ""
     ) -> None:
-        self._folder, self._spool, self._tokenizer = folder, spool, tokenizer
-        self._threads, self._clock, self._total = threads, clock, total
-        self._documents = self._done = 0
+        self._folder, self._corpus, self._tokenizer, self._label = folder, corpus, tokenizer, label
+        self._threads, self._clock = threads, clock
+        self._documents = corpus.passed = 0
 
     def write(
-        self, split: Literal["train", "valid"], numbers: np.ndarray, auditor: Auditor | None = None
+        self, split: Literal["train", "valid"], texts: Iterator[bytes], auditor: Auditor | None = None
     ) -> SplitRecord:
         """Encode the documents in this order into shards, and show them to an auditor."""
-        writer = ShardWriter(self._folder, split, self._tokenizer.vocab_size)
+        writer = ShardWriter(self._folder, split + self._label, self._tokenizer.vocab_size)
         digest = hashlib.sha256()
         size = 0
         try:
-            for batch in self._batches(numbers):
+            for batch in _batches(texts):
                 writer.add(*self._tokenizer.encode_documents(batch, self._threads))
                 size += sum(map(len, batch))
                 if auditor:
                     auditor.add_all(batch)
                 if split == "valid":
                     digest.update(b"\0".join([*batch, b""]))
-                self._advance(batch)
+                self._advance(len(batch))
+            self._advance(0)
             shards = writer.close()
         except BaseException:
             writer.abandon()
             raise
         return _split_record(shards, size, digest.hexdigest() if split == "valid" else None)
 
-    def _batches(self, numbers: np.ndarray) -> Iterator[list[bytes]]:
-        """Texts of about BATCH_BYTES together."""
-        batch: list[bytes] = []
-        size = 0
-        for number in numbers:
-            batch.append(self._spool.text(number))
-            size += len(batch[-1])
-            if size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
+    def _advance(self, documents: int) -> None:
+        self._documents += documents
+        self._clock.report("encode", self._documents, self._corpus.passed, self._corpus.text_bytes)
 
-    def _advance(self, batch: list[bytes]) -> None:
-        self._documents += len(batch)
-        self._done += sum(map(len, batch))
-        self._clock.report("encode", self._documents, self._done, self._total)
+
+def _batches(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Texts of about BATCH_BYTES together."""
+    batch: list[bytes] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _split_record(shards: list[ShardRecord], text_bytes: int, text_sha256: str | None) -> SplitRecord:
@@ -554,7 +752,7 @@ def _result(folder: Path, manifest: Manifest, clock: _Clock) -> PrepareResult:
         train_bytes=train.text_bytes,
         valid_bytes=valid.text_bytes,
         vocab_size=manifest.vocab_size,
-        bytes_per_token=round(size / (train.tokens + valid.tokens), 4),
+        bytes_per_token=round(size / max(1, train.tokens + valid.tokens), 4),
         seconds=round(seconds, 3),
         megabytes_per_second=round(size / 1e6 / seconds, 3),
         fingerprint=manifest.fingerprint,

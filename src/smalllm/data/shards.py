@@ -6,6 +6,8 @@ A dataset folder:
     tokenizer.model
     train-00000.bin ...     raw little-endian uint16 (uint32 above 65,536 pieces): <s> tokens </s> of every document
     valid-00000.bin ...
+
+What several machines prepared has train-0002-of-0005-00000.bin instead: the first file of the second of five (`parts`).
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Record(BaseModel):
 class ShardRecord(Record):
     """One file of tokens. Its name cannot leave the folder."""
 
-    file: Annotated[str, Field(pattern=r"^(train|valid)-[0-9]{5}\.bin$")]
+    file: Annotated[str, Field(pattern=r"^(train|valid)-([0-9]{4}-of-[0-9]{4}-)?[0-9]{5}\.bin$")]
     tokens: Count
     documents: Count
     sha256: Digest
@@ -76,11 +78,12 @@ class SplitRecord(Record):
 
 
 class InputRecord(Record):
-    """One file that was read: its name without folders, size and SHA-256."""
+    """One file that was read: its name without folders, size and SHA-256. Machines that share their sources do not read whole
+    files: then SHA-256 is what the hub says, or unknown."""
 
     name: str
     bytes: Count
-    sha256: Digest
+    sha256: Digest | None
 
 
 class PairRecord(Record):
@@ -143,16 +146,16 @@ class Manifest(Record):
         and what was found out about it does not change it."""
         return _canonical_sha256(self.model_dump(mode="json", exclude={"created_with", "leaks"}))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, name: str = MANIFEST) -> None:
         """Write manifest.json atomically, with the SHA-256 of its content, so that a damaged manifest is noticed."""
         content = self.model_dump(mode="json")
         content["sha256"] = _canonical_sha256(content)
-        FileSystem().replace(folder / MANIFEST, [(json.dumps(content, indent=1) + "\n").encode()])
+        FileSystem().replace(folder / name, [(json.dumps(content, indent=1) + "\n").encode()])
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, folder: Path, name: str = MANIFEST) -> Self:
         """Read and check manifest.json; UserError names the file and the damage."""
-        path = folder / MANIFEST
+        path = folder / name
         try:
             fields = json.loads(content(path, LARGEST_MANIFEST).decode("utf-8"))
             digest = fields.pop("sha256", None)
@@ -331,7 +334,7 @@ class TokenDataset:
 
 
 class ShardWriter:
-    """Writes one split: documents in, shard files and their records out.
+    """Writes one split: documents in, shard files SPLIT-NUMBER.bin and their records out.
 
     A shard has its final name only when it is whole and on disk. Documents are never cut between shards.
     """

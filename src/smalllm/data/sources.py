@@ -12,9 +12,14 @@ What a document is:
     .json     one such value, several, or one array of them
     .csv      rows of the column `text`, `story` or `content`, or of the only column; the first row is the header
     .parquet  the same columns
-    .gz       any of the text formats, compressed; .tar.gz: each member in turn, never unpacked on disk
+    .gz .zst  any of the text formats, compressed; .tar.gz: each member in turn, never unpacked on disk
 
 Text must be UTF-8; a byte order mark is dropped; documents of nothing but white space are skipped and counted.
+
+Several machines may share a source (`share`). Its files, one behind the other, are cut into spans of equally many bytes, and
+what begins in a span is read by its machine alone: documents of .txt and .jsonl, row groups of .parquet, and whole files of the
+formats in which no place but the beginning says where a document begins. Every document is read by one machine, and a
+machine reads little more than its span, of a hub too.
 """
 
 from __future__ import annotations
@@ -24,16 +29,18 @@ import csv
 import glob
 import gzip
 import hashlib
+import io
 import json
 import re
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, Protocol, Self, cast
 
 from smalllm.config import UserError
 from smalllm.untrusted import printable
@@ -45,12 +52,19 @@ BLANK_LINES = re.compile(r"(?:\r?\n){2,}")
 BORDERS = (BLANK_LINES, re.compile(r"\n"), re.compile(r"(?<=[.!?])\s"), re.compile(r"\s"))
 FIELDS = ("text", "story", "content")
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-READABLE = (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES[:-1]), ".tar.gz", ".tgz")
+PACKED = (".gz", ".zst")
+READABLE = (*SUFFIXES, *(suffix + packed for suffix in SUFFIXES[:-1] for packed in PACKED), ".tar.gz", ".tgz")
 PASSAGE_CHARACTERS = 2_000
 UNSEPARATED_CHARACTERS = 8_000_000
+SEPARATED_BYTES = 4_000_000  # of a .txt file, in which its first separator must stand if machines are to share the file
 LONGEST_DOCUMENT = 1 << 28  # characters; a compressed bomb must end as an error
 LONGEST_VALUE = 1 << 26  # characters of a value of a .json file, of which several copies are in memory
 HEAD_BYTES = 8192
+SEPARATOR_LINE = re.compile(rb"(?<![^\n])<\|endoftext\|>\r?\n")
+NEWLINE = re.compile(rb"\n")
+LONGEST_BORDER = 16  # bytes: a separator and what must stand before it
+SCAN_BYTES = 1 << 16  # in which it is looked for at once
+RANGE_BYTES = 1 << 22  # asked of a hub at once
 MOST_MEMBERS = 200_000  # of an archive, of whatever kind
 LONGEST_HEADER = 1 << 16  # bytes of an archive that say what an entry is called
 DEFAULT_STORIES = 100_000
@@ -71,6 +85,39 @@ class Source:
     small: bool = False  # the story world that has few words
     validation: str | None = None
     members: int | None = None  # of each archive, the first so many
+    stretches: tuple[Stretch, ...] | None = None  # of files, for one of several machines; then `paths` is empty
+    files: tuple[FileEntry, ...] = ()  # that all machines share
+
+    @property
+    def shared(self) -> bool:
+        """Whether this is one machine's share, which may be empty."""
+        return self.stretches is not None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file that is read: its name without folders, its size in bytes, and its SHA-256 if somebody has told."""
+
+    name: str
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What begins at the bytes `start` to `end` - 1 of a file."""
+
+    file: Path | _HubFile
+    start: int
+    end: int
+    whole: bool = False  # which is all of the file
+
+
+class Readable(Protocol):
+    """What documents are read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most so many bytes; none at the end."""
 
 
 @dataclass
@@ -127,8 +174,9 @@ def documents(
 ) -> Iterator[str]:
     """The documents of a source in its own order.
 
-    `sample_rate` keeps a document by a hash of (seed, its number), `limit` ends after so many kept ones, `num_files`
-    takes the first files of a folder, glob, hub repository or archive. Raises UserError for what cannot be read.
+    `sample_rate` keeps a document by a hash of (seed, its text), `limit` ends after so many kept ones, `num_files`
+    takes the first files of a folder, glob, hub repository or archive. Raises UserError for what cannot be read, and where
+    there is nothing, but for one machine's share.
     """
     _check_selection(sample_rate, limit, num_files)
     source = open_source(source, num_files=num_files) if isinstance(source, str) else source
@@ -137,13 +185,13 @@ def documents(
         counts.read += 1
         if not text or text.isspace():
             counts.empty += 1
-        elif sample_rate < 1.0 and not _sampled(seed, counts.read - 1, sample_rate):
+        elif sample_rate < 1.0 and not _sampled(seed, text, sample_rate):
             counts.left_out += 1
         else:
             yield text
             if counts.kept == limit:
                 return
-    if counts.kept == 0:
+    if counts.kept == 0 and not source.shared:
         raise UserError(_nothing(source, counts, sample_rate))
 
 
@@ -160,6 +208,29 @@ def open_source(source: str, *, num_files: int | None = None) -> Source:
     if source.startswith("hf://"):
         return _hub_source(source, source, num_files, None)
     return Source(Path(source).name or "folder", tuple(_local_paths(source)[:num_files]), members=num_files)
+
+
+def share(source: str, part: int, parts: int, *, num_files: int | None = None) -> Source:
+    """One machine's part of a source, from 1 to `parts`; UserError for standard input. No file is read or downloaded for it."""
+    assert 1 <= part <= parts
+    _check_selection(1.0, None, num_files)
+    if source == "-":
+        raise UserError("source - (standard input) cannot be shared by several machines; write it to a file first")
+    found, files = _shareable(source, num_files)
+    if found.stories is not None:
+        count, start = len(found.stories), found.stories.start
+        mine = range(start + count * (part - 1) // parts, start + count * part // parts)
+        return replace(found, stories=mine, stretches=())
+    sizes = [size for _, size, _ in files]
+    first, last = (sum(sizes) * number // parts for number in (part - 1, part))
+    stretches, begin = [], 0
+    for (file, size, _), end in zip(files, accumulate(sizes), strict=True):
+        if max(first, begin) < min(last, end):
+            whole = first <= begin and end <= last
+            stretches.append(Stretch(file, max(first - begin, 0), min(last - begin, size), whole))
+        begin = end
+    entries = tuple(FileEntry(Path(file.name).name, size, sha256) for file, size, sha256 in files)
+    return replace(found, paths=(), stretches=tuple(stretches), files=entries)
 
 
 def passages(text: str, size: int = PASSAGE_CHARACTERS) -> list[str]:
@@ -187,8 +258,8 @@ def _check_selection(sample_rate: float, limit: int | None, num_files: int | Non
             raise UserError(f"{name}={value} must be at least 1; leave it out for everything")
 
 
-def _sampled(seed: int, index: int, rate: float) -> bool:
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+def _sampled(seed: int, text: str, rate: float) -> bool:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=f"sample {seed}".encode()).digest()
     return int.from_bytes(digest, "big") < rate * 2.0**64
 
 
@@ -212,6 +283,21 @@ def _read(source: Source, seed: int) -> Iterator[str]:
         yield from stories(seed, source.stories.start, len(source.stories), source.small)
     for path in source.paths:
         yield from _read_path(path, source.members)
+    for stretch in source.stretches or ():
+        yield from _read_stretch(stretch, source.members)
+
+
+def _shareable(source: str, num_files: int | None) -> tuple[Source, list[tuple[Path | _HubFile, int, str | None]]]:
+    """A source, and the files that make it up: where, how large, and their SHA-256 if the hub tells."""
+    hub = TINYSTORIES.format("train") if source == "tinystories" else source
+    if hub.startswith("hf://"):
+        validation = TINYSTORIES.format("valid") if source == "tinystories" else None
+        chosen, validation = _on_hub(hub, num_files, validation)
+        return Source(source, validation=validation, members=num_files), [
+            (file, _size_on_hub(file), file.sha256) for file in chosen
+        ]
+    found = open_source(source, num_files=num_files)
+    return found, [(path, path.stat().st_size, None) for path in found.paths]
 
 
 def _storyworld(world: str, rest: str) -> Source:
@@ -282,10 +368,10 @@ def _read_path(path: Path, members: int | None) -> Iterator[str]:
         if name.endswith((".tar.gz", ".tgz")):
             yield from _read_archive(path, members)
         elif name.endswith(".parquet"):
-            yield from _read_parquet(path)
+            yield from _read_parquet(path, str(path))
         else:
-            with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as stream:
-                yield from _read_stream(cast(BinaryIO, stream), str(path))
+            with _unpacked(path) as stream:
+                yield from _read_stream(stream, str(path))
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({printable(str(error))}); get it again") from None
     except OSError as error:
@@ -294,8 +380,107 @@ def _read_path(path: Path, members: int | None) -> Iterator[str]:
         ) from None
 
 
+def _unpacked(path: Path) -> BinaryIO:
+    if path.name.lower().endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.name.lower().endswith(".zst"):
+        import pyarrow  # here, because it is slow to import
+
+        return cast(BinaryIO, pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+def _without_packing(name: str) -> str:
+    return next((name.removesuffix(packed) for packed in PACKED if name.endswith(packed)), name)
+
+
+def _read_stretch(stretch: Stretch, members: int | None) -> Iterator[str]:
+    """What begins in a stretch of a file: documents, row groups, or all of a file that cannot be cut."""
+    file = stretch.file
+    read = None if stretch.whole else _reader(file)
+    if read is None:
+        if stretch.start == 0:
+            yield from _read_path(file if isinstance(file, Path) else _download(file), members)
+        return
+    try:
+        with _opened(file) as stream:
+            yield from read(stream, str(file), stretch)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}); check the file or the network") from None
+
+
+def _reader(file: Path | _HubFile) -> Callable[[BinaryIO, str, Stretch], Iterator[str]] | None:
+    """How a part of a file is read; None where only its beginning says where documents begin."""
+    match Path(file.name.lower()).suffix:
+        case ".parquet":
+            return _read_parquet
+        case ".jsonl":
+            return _read_some_json_lines
+        case ".txt" if _is_separated(file):
+            return _read_some_text
+        case _:
+            return None
+
+
+def _is_separated(file: Path | _HubFile) -> bool:
+    try:
+        with _opened(file) as stream:
+            return _next_border(stream, SEPARATOR_LINE, 0, SEPARATED_BYTES) is not None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}); check the file or the network") from None
+
+
+def _read_some_json_lines(stream: BinaryIO, name: str, stretch: Stretch) -> Iterator[str]:
+    window = _window(stream, NEWLINE, stretch)
+    return _read_json_lines(window, name, window.start)
+
+
+def _read_some_text(stream: BinaryIO, name: str, stretch: Stretch) -> Iterator[str]:
+    window = _window(stream, SEPARATOR_LINE, stretch)
+    return _read_text(window, name, window.start, separated=True)
+
+
+class _Window:
+    """The bytes from `start` to `end` - 1 of a stream."""
+
+    def __init__(self, stream: BinaryIO, start: int, end: int) -> None:
+        stream.seek(start)
+        self.start, self._stream, self._left = start, stream, end - start
+
+    def read(self, size: int) -> bytes:
+        """At most so many bytes; none at the end."""
+        data = self._stream.read(min(size, self._left))
+        self._left -= len(data)
+        return data
+
+
+def _window(stream: BinaryIO, border: re.Pattern[bytes], stretch: Stretch) -> _Window:
+    """From the first document that begins in a stretch to the end of the last one."""
+    start = _next_border(stream, border, stretch.start) if stretch.start else 0
+    end = _next_border(stream, border, stretch.end) if start is not None else None
+    return _Window(stream, 0, 0) if start is None else _Window(stream, start, sys.maxsize if end is None else end)
+
+
+def _next_border(stream: BinaryIO, border: re.Pattern[bytes], place: int, within: int | None = None) -> int | None:
+    """The first place from `place` on at which a document begins, because a border ends there; None if there is none, or none
+    in so many bytes."""
+    start = max(0, place - LONGEST_BORDER)
+    stream.seek(start)
+    data = b""
+    while chunk := stream.read(SCAN_BYTES):
+        data += chunk
+        for match in border.finditer(data):
+            known = match.start() or not start  # what stands before it
+            if known and start + match.end() >= max(place, 1):
+                return start + match.end()
+        start, data = start + len(data[:-LONGEST_BORDER]), data[-LONGEST_BORDER:]
+        if within is not None and start > place + within:
+            break
+    return None
+
+
 def _read_stream(stream: BinaryIO, name: str) -> Iterator[str]:
-    match Path(name.lower().removesuffix(".gz")).suffix:
+    match Path(_without_packing(name.lower())).suffix:
         case ".jsonl":
             return _read_json_lines(stream, name)
         case ".json":
@@ -353,10 +538,9 @@ _HEADERS = (
 )
 
 
-def _characters(stream: BinaryIO, name: str) -> Iterator[str]:
-    """Decode UTF-8 chunk by chunk; UserError names the first byte that is not."""
+def _characters(stream: Readable, name: str, position: int = 0) -> Iterator[str]:
+    """Decode UTF-8 chunk by chunk, from a position in the file on; UserError names the first byte that is not."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
     while chunk := stream.read(CHUNK_BYTES):
         if position == 0:
             _check_head(chunk, name)
@@ -381,14 +565,14 @@ def _check_head(chunk: bytes, name: str) -> None:
     head = chunk[:HEAD_BYTES]
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise UserError(f"{name} is a Git LFS pointer, not the data; run `git lfs pull` or download the file itself")
-    if b"\0" in head and not name.lower().removesuffix(".gz").endswith((".csv", ".json", ".jsonl")):
+    if b"\0" in head and not _without_packing(name.lower()).endswith((".csv", ".json", ".jsonl")):
         raise UserError(f"{name} is a binary file (byte 0 at offset {head.index(0)}); give text in UTF-8")
 
 
-def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
+def _lines(stream: Readable, name: str, position: int = 0) -> Iterator[str]:
     r"""Lines with their "\n", and only "\n" ends one; a line of 100 MB costs no more than its length."""
     pending = _Text(name)
-    for chunk in _characters(stream, name):
+    for chunk in _characters(stream, name, position):
         *lines, rest = chunk.split("\n")
         for line in lines:
             pending.add(line)
@@ -398,10 +582,10 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
         yield pending.take()
 
 
-def _line_blocks(stream: BinaryIO, name: str) -> Iterator[str]:
+def _line_blocks(stream: Readable, name: str, position: int) -> Iterator[str]:
     """The text in blocks that end with a line's end, except the last; much faster than single lines."""
     pending = _Text(name)
-    for chunk in _characters(stream, name):
+    for chunk in _characters(stream, name, position):
         whole, newline, rest = chunk.rpartition("\n")
         if newline:
             pending.add(whole + newline)
@@ -410,9 +594,9 @@ def _line_blocks(stream: BinaryIO, name: str) -> Iterator[str]:
     yield pending.take()
 
 
-def _read_text(stream: BinaryIO, name: str) -> Iterator[str]:
-    pending, separated, cutting = _Text(name), False, False
-    for block in _line_blocks(stream, name):
+def _read_text(stream: Readable, name: str, position: int = 0, *, separated: bool = False) -> Iterator[str]:
+    pending, cutting = _Text(name), False
+    for block in _line_blocks(stream, name, position):
         first, *others = SEPARATOR.split(block)
         pending.add(first)
         for other in others:
@@ -442,10 +626,10 @@ def _cut_at_blank_lines(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _read_json_lines(stream: BinaryIO, name: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(stream, name), start=1):
+def _read_json_lines(stream: Readable, name: str, position: int = 0) -> Iterator[str]:
+    for number, line in enumerate(_lines(stream, name, position), start=1):
         if not line.isspace():
-            place = f"{name} line {number}"
+            place = f"{name} line {number}" + (f" from byte {position} on" if position else "")
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
@@ -541,19 +725,28 @@ def _read_csv(stream: BinaryIO, name: str) -> Iterator[str]:
         raise UserError(f"{name} line {rows.line_num} is not CSV ({error}); mend or convert it") from None
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(place: Path | BinaryIO, name: str, stretch: Stretch | None = None) -> Iterator[str]:
+    """The rows, or those of the row groups that begin in a stretch of the file; memory holds some pages of one group."""
     import pyarrow  # here, because it is slow to import
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            column = _text_field(file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        with parquet.ParquetFile(place, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
+            column = _text_field(file.schema_arrow.names, name)
+            begins = [_group_start(file.metadata.row_group(number)) for number in range(file.num_row_groups)]
+            groups = [n for n, begin in enumerate(begins) if stretch is None or stretch.start <= begin < stretch.end]
+            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[column], use_threads=False):
                 for value in batch.column(0).to_pylist():
-                    yield _text_of(value, str(path))
+                    yield _text_of(value, name)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = printable(str(error).partition("\n")[0], 200)
-        raise UserError(f"{path} is not a readable parquet file ({reason}); get it again") from None
+        raise UserError(f"{name} is not a readable parquet file ({reason}); get it again") from None
+
+
+def _group_start(group: Any) -> int:
+    """The byte at which a row group begins."""
+    first = group.column(0)
+    return int(first.dictionary_page_offset or first.data_page_offset)
 
 
 # -- the hub
@@ -567,10 +760,21 @@ class _HubFile:
     size: int | None = None
     sha256: str | None = None
     cached: Path | None = None
+    repo: str = ""
+    revision: str | None = None  # of the repository: the commit that was listed
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.name}"
 
 
 def _hub_source(name: str, address: str, num_files: int | None, validation: str | None) -> Source:
     """Download (or find in the cache) the files of hf://datasets/OWNER/NAME[/FILE]; FILE may hold * and ?."""
+    chosen, validation = _on_hub(address, num_files, validation)
+    return Source(name, tuple(map(_download, chosen)), validation=validation, members=num_files)
+
+
+def _on_hub(address: str, num_files: int | None, validation: str | None) -> tuple[list[_HubFile], str | None]:
+    """The files that an address means, and the address of their validation."""
     match = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)(?:/(.+))?", address.rstrip("/"))
     if match is None:
         raise UserError(f"source {address} must look like hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME/FILE")
@@ -579,8 +783,7 @@ def _hub_source(name: str, address: str, num_files: int | None, validation: str 
     chosen = _choose(repo, pattern, list(files))
     if pattern is None and (held_out := _held_out_pattern(chosen[0], list(files))):
         validation = f"hf://datasets/{repo}/{held_out}"
-    paths = tuple(_download(repo, files[name]) for name in chosen[:num_files])
-    return Source(name, paths, validation=validation, members=num_files)
+    return [files[name] for name in chosen[:num_files]], validation
 
 
 def _hub_files(repo: str) -> dict[str, _HubFile]:
@@ -594,27 +797,100 @@ def _hub_files(repo: str) -> dict[str, _HubFile]:
         seconds = (
             constants.HF_HUB_ETAG_TIMEOUT
         )  # without one, a hub that takes the question and is silent is waited for in vain
-        listing = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True, timeout=seconds).siblings or []
+        dataset = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True, timeout=seconds)
     except Exception as error:  # the client raises errors of four libraries
         return _cached_files(repo, error)
-    files = [_HubFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None) for item in listing]
-    return {file.name: file for file in files}
+    return {
+        item.rfilename: _HubFile(
+            item.rfilename, item.size, item.lfs.sha256 if item.lfs else None, repo=repo, revision=dataset.sha
+        )
+        for item in dataset.siblings or []
+    }
 
 
-def _download(repo: str, file: _HubFile) -> Path:
+def _size_on_hub(file: _HubFile) -> int:
+    """The size that the hub told, or that of the copy in the cache."""
+    return file.size if file.size is not None else _download(file).stat().st_size
+
+
+def _opened(file: Path | _HubFile) -> BinaryIO:
+    """A file, or one that stays on the hub, of which only what is read is fetched."""
+    if isinstance(file, Path) or file.cached:
+        return open(file if isinstance(file, Path) else cast(Path, file.cached), "rb")
+    return cast(BinaryIO, io.BufferedReader(_HubRange(file), RANGE_BYTES))
+
+
+class _HubRange(io.RawIOBase):
+    """A file on the hub, read by HTTP ranges. A range has no checksum: that it comes from the listed commit, of the listed size, is
+    all that is checked."""
+
+    def __init__(self, file: _HubFile) -> None:
+        assert file.size is not None
+        self._file, self._size, self._place = file, file.size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move; nothing is asked of the hub."""
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        """Where the next byte is read."""
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Ask for as much as there is room for; UserError when the hub gives anything else."""
+        data = self._range(self._place, min(self._place + len(buffer), self._size))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def _range(self, start: int, end: int) -> bytes:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_backoff,
+        )
+
+        if start >= end:
+            return b""
+        url = hf_hub_url(self._file.repo, self._file.name, repo_type="dataset", revision=self._file.revision)
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+        try:
+            answer = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(answer)
+        except Exception as error:  # the client raises errors of four libraries
+            raise UserError(_hub_sentence(error, str(self._file))) from None
+        size = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        ranged = answer.status_code == 206 and size in ("*", str(self._size))
+        if len(answer.content) != end - start or not (ranged or (start, end) == (0, self._size)):
+            raise UserError(
+                f"the hub did not give bytes {start} to {end - 1} of {self._file} (status {answer.status_code}, "
+                f"{len(answer.content)} bytes); download the dataset, and give its folder"
+            )
+        return answer.content
+
+
+def _download(file: _HubFile) -> Path:
     import huggingface_hub
 
     if file.cached:
         return file.cached
 
     try:
-        path = Path(huggingface_hub.hf_hub_download(repo, file.name, repo_type="dataset"))
+        path = Path(huggingface_hub.hf_hub_download(file.repo, file.name, repo_type="dataset"))
     except Exception as error:  # as above
-        raise UserError(_hub_sentence(error, f"{repo}/{file.name}")) from None
+        raise UserError(_hub_sentence(error, str(file))) from None
     if damage := _damage(path, file):
         path.resolve().unlink(missing_ok=True)  # or every later run would find it in the cache
         path.unlink(missing_ok=True)
-        raise UserError(f"the download of {repo}/{file.name} is damaged ({damage}); run it again, or {INSTEAD}")
+        raise UserError(f"the download of {file} is damaged ({damage}); run it again, or {INSTEAD}")
     return path
 
 
@@ -678,7 +954,7 @@ def _cached_files(repo: str, error: Exception) -> dict[str, _HubFile]:
     for revision in sorted(revisions, key=lambda revision: revision.last_modified):
         for file in revision.files:
             name = file.file_path.relative_to(revision.snapshot_path).as_posix()
-            files[name] = _HubFile(name, cached=file.file_path)
+            files[name] = _HubFile(name, file.size_on_disk, cached=file.file_path, repo=repo)
     if not files:
         raise UserError(_hub_sentence(error, repo)) from None
     return files
