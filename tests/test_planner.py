@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,19 @@ def test_the_table_of_cards_is_plausible():
         assert 8 <= card.memory_gb <= 192 and 6e10 < card.bandwidth < 1e13 and 2e12 < card.peak_flops < 2e15
         assert find_card(card.name.upper().replace(" ", "-")) is card and len(card.source) > 10
     assert find_card("4090").name == "RTX 4090"
+
+
+def test_the_documented_table_is_the_programs():
+    page = (Path(__file__).parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
+    for card in CARDS:
+        cells = (
+            card.name,
+            f"{card.memory_gb:g}",
+            f"{card.bandwidth / 1e9:,.0f}",
+            f"{card.peak_flops / 1e12:g}",
+            card.precision,
+        )
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_the_smallest_card_that_does():

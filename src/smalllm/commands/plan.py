@@ -23,9 +23,10 @@ from smalllm.native import build
 from smalllm.terminal import plain
 
 if TYPE_CHECKING:
+    from smalllm.forecast import Forecast
     from smalllm.planner import RunPlan, Speed
 
-SECONDS = 5.0
+SECONDS, PROXY_SECONDS = 5.0, 60.0
 SOURCES = {
     "measured": "measured here on random tokens",
     "card": "estimated from the maker's figures, assumed to be reached by 40 to 80 %",
@@ -41,6 +42,8 @@ def plan(
     vram: Annotated[str | None, Parameter(name="--vram")] = None,
     price: Annotated[float | None, Parameter(name="--price")] = None,
     seconds: Annotated[float, Parameter(name="--seconds")] = SECONDS,
+    forecast: Annotated[bool, Parameter(name="--forecast", negative="")] = False,
+    proxy_seconds: Annotated[float, Parameter(name="--proxy-seconds")] = PROXY_SECONDS,
     json_output: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Tell what a run will take before it begins: memory by part, how a step is divided, speed, hours, money.
@@ -61,31 +64,47 @@ def plan(
         Of an hour, in any currency: tells what the run costs.
     seconds
         How long to measure the speed of this machine; 0: estimate it.
+    forecast
+        Train a ladder of short runs here and forecast the bits per byte of the planned run, with an interval. The data is
+        prepared first when it is missing; short runs are kept in the user's cache.
+    proxy_seconds
+        How long the longest of these short runs may take, about.
     json_output
         Print one JSON object to standard output, everything else to standard error.
     """
-    _check(seconds, price)
-    config = _settings(words, data, minutes)
+    _check(seconds, price, proxy_seconds)
+    config = _settings(words, data, minutes, forecast)
     made = make_plan(config, card, vram, price, seconds)
+    told = make_forecast(made, proxy_seconds) if forecast else None
     if json_output:
-        print(json.dumps(made.figures()))
+        print(json.dumps({**made.figures(), "forecast": told.figures()} if told else made.figures()))
     else:
-        _print(made)
+        _print(made, told)
     return 0
 
 
-def _check(seconds: float, price: float | None) -> None:
+def _check(seconds: float, price: float | None, proxy_seconds: float) -> None:
+    if not 0.0 < proxy_seconds < math.inf:
+        raise UserError(
+            f"--proxy-seconds {proxy_seconds:g} must be a number of seconds above 0; try --proxy-seconds 60"
+        )
     if not 0.0 <= seconds < math.inf:
         raise UserError(f"--seconds {seconds:g} must be a number of seconds, or 0 to estimate; try --seconds 5")
     if price is not None and not 0.0 <= price < math.inf:
         raise UserError(f"--price {price:g} is not the price of an hour; give a number such as 0.35")
 
 
-def _settings(words: tuple[str, ...], data: Path | None, minutes: float | None) -> RunConfig:
-    from smalllm.commands.train import settings
+def _settings(words: tuple[str, ...], data: Path | None, minutes: float | None, prepared: bool) -> RunConfig:
+    """The settings with a vocabulary; ``prepared``: that of the data, which is made when it is missing."""
+    from smalllm.commands.train import Lines, settings
     from smalllm.planner import settle
 
-    return settle(settings(words, data, minutes))
+    config = settings(words, data, minutes)
+    if not prepared:
+        return settle(config)
+    from smalllm.training.setting_out import open_data, settled
+
+    return settled(config, open_data(config, Lines(Console(stderr=True), config).preparing))
 
 
 def make_plan(config: RunConfig, card: str | None, vram: str | None, price: float | None, seconds: float) -> RunPlan:
@@ -120,17 +139,32 @@ def measure(config: RunConfig, seconds: float) -> Speed:
     return Speed(median(rates), min(rates), max(rates), "measured")
 
 
+def make_forecast(made: RunPlan, proxy_seconds: float) -> Forecast:
+    """The forecast of a planned run, from proxies trained on this machine."""
+    from smalllm.data.shards import TokenDataset
+    from smalllm.forecast import forecast as forecast_run
+    from smalllm.planner import REACHED_HERE
+    from smalllm.runtime import make_runtime
+
+    config = made.config.replace(train={"steps": made.steps})
+    if made.speed.source == "measured":
+        flops = proxy_seconds * made.speed.tokens_per_second * made.flops_per_token
+    else:
+        flops = proxy_seconds * REACHED_HERE[0] * make_runtime(config.train.device, config.train.precision).peak_flops()
+    return forecast_run(config, TokenDataset.open(config.data_path), flops, lambda words: print(words, file=sys.stderr))
+
+
 # ── appearance ──
 
 
-def _print(made: RunPlan) -> None:
+def _print(made: RunPlan, told: Forecast | None) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(Text(plain(heading(made)), "bold"), soft_wrap=True)
     grid = Table.grid(padding=(0, 2))
-    for name, figure, meaning in rows(made):
+    for name, figure, meaning in [*rows(made), *(forecast_rows(told) if told else [])]:
         grid.add_row(Text(name, "dim"), Text(plain(figure)), Text(plain(meaning), "dim"))
     console.print(grid, soft_wrap=not console.is_terminal)
-    for sentence in advice(made):
+    for sentence in [*(told.notes if told else []), *advice(made)]:
         console.print(Text(plain(sentence)), soft_wrap=True)
 
 
@@ -157,6 +191,18 @@ def rows(made: RunPlan) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
     if made.cost is not None:
         found.append(("cost", f"{made.cost:.2f}", f"at {made.price:g} an hour, the price you gave"))
+    return found
+
+
+def forecast_rows(told: Forecast) -> list[tuple[str, str, str]]:
+    """The same of a forecast."""
+    low, high = told.interval
+    found = [
+        ("forecast", f"{told.bits_per_byte:.3f} bits/byte", f"{low:.3f} to {high:.3f} in {told.level:.0%} of cases, from {len(told.proxies)} short runs"),
+        ("", "", f"the longest of them, with {1 / told.reach:.2g} of the arithmetic, came to {told.last_proxy:.3f}"),
+    ]  # fmt: skip
+    if told.floor is not None:
+        found.append(("", "", f"the exact entropy of the corpus is {told.floor:.3f}"))
     return found
 
 
