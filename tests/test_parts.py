@@ -1,4 +1,4 @@
-"""Several machines, one dataset: the parts together are what one machine makes, whoever is last and whatever was killed."""
+"""Several machines, one dataset: the parts are what one machine makes, whoever is last and whatever was killed."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -283,3 +285,31 @@ def test_what_a_manifest_says_cannot_write_to_a_terminal(folder):
     content = {**json.loads((folder / "manifest.json").read_text()), "\x1b[2J\n" + "x" * 9000: 1}
     (folder / "manifest.json").write_text(json.dumps(content))
     assert r"\x1b[2J\nxxx" in refusal(folder) and len(refusal(folder)) < 500
+
+
+MANY_SHARDS = """
+import resource, sys
+import numpy as np
+from pathlib import Path
+from smalllm.data.shards import Manifest, ShardWriter, SplitRecord, TokenSplit
+folder = Path(sys.argv[1])
+writer = ShardWriter(folder, "train", 300, shard_tokens=3)
+for number in range(200):
+    writer.add(np.array([1, number, 2]), np.array([3]))
+shards = writer.close()
+record = SplitRecord(documents=200, tokens=600, text_bytes=0, shards=shards)
+manifest = Manifest(
+    sources=[], inputs=[], settings={}, seed=0, vocab_size=300, dtype="uint16", tokenizer_fingerprint="0" * 64, bos_id=1,
+    eos_id=2, train=record, valid=record,
+)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+splits = [TokenSplit("train", folder, record, manifest) for _ in range(2)]
+print([split.read(3 * 199, 3).tolist() for split in splits])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+def test_more_shards_than_a_process_may_open_by_default(tmp_path):
+    command = [sys.executable, "-c", MANY_SHARDS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[[1, 199, 2], [1, 199, 2]]\n", done.stderr

@@ -86,8 +86,8 @@ def prepare(
     workers
         Threads that encode [default: one for each core]; the result does not depend on it.
     shard
-        Make part I of N of the dataset, as in 2/5, with --tokenizer: N machines give the same command with I from 1 to N and one
-        folder, and the last one to finish makes one dataset of the parts.
+        Make part I of N of the dataset, as in 2/5, with --tokenizer: N machines give the same command with I from 1 to N
+        and one folder, and the last one to finish makes one dataset of the parts.
     json_output
         Print one JSON object to standard output.
     """
@@ -172,7 +172,8 @@ def _what_is_missing(result: PrepareResult) -> str:
     if not result.missing:
         return "next: wait; another process makes one dataset of the parts"
     some = ", ".join(result.missing[:8]) + (", ..." if len(result.missing) > 8 else "")
-    return f"next: the parts that are missing ({len(result.missing)}): {some}; the last one to finish makes one dataset of them"
+    missing = f"the parts that are missing ({len(result.missing)}): {some}"
+    return f"next: {missing}; the last one to finish makes one dataset of them"
 
 
 def _leaks(leaks: dict[str, Any] | None) -> list[str]:

@@ -8,8 +8,8 @@ It knows dataset folders and nothing of sources and text files. Part 2 of 5 leav
 
 and whoever sees that all five are there makes of them
 
-    valid-00000.bin ...                 the validation documents of all parts, each once, in an order that depends on their tokens and
-                                        the seed alone
+    valid-00000.bin ...                 the validation documents of all parts, each once, in an order that depends
+                                        on their tokens and the seed alone
     manifest.json                       which lists the training files in turns, one of each part
 
 and removes the parts' manifests and validation files. All of it may be killed at any time, and made again: what is written
@@ -66,7 +66,8 @@ class Part(NamedTuple):
         number, of = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= number <= of <= MOST_PARTS:
             raise UserError(
-                f"shard={text} is not one of n parts; the first of 4 machines gives 1/4, the last 4/4 (at most {MOST_PARTS} parts)"
+                f"shard={text} is not one of n parts; "
+                f"the first of 4 machines gives 1/4, the last 4/4 (at most {MOST_PARTS} parts)"
             )
         return cls(number, of)
 
@@ -108,8 +109,8 @@ class PartManifest(Manifest):
                     name, f"other {name}"
                 )
                 raise UserError(
-                    f"out={out} has part {other.part}/{other.parts} from {what} than part {self.part}/{self.parts}; give the same "
-                    "command everywhere, with another --shard alone, and a new folder"
+                    f"out={out} has part {other.part}/{other.parts} from {what} than part {self.part}/{self.parts}; "
+                    "give the same command everywhere, with another --shard alone, and a new folder"
                 )
 
 
@@ -131,14 +132,17 @@ def clear(folder: Path, part: Part) -> None:
 
 
 def merge(folder: Path, part: Part, tokenizer: Tokenizer, audit_bytes: int) -> tuple[Manifest, int, int]:
-    """Make one dataset of all parts: its manifest, and how many copies and empty documents were left out. The caller sees to it that no
-    other process does the same, and removes the parts with `tidy`. UserError when the parts do not belong together, or a side is empty."""
+    """Make one dataset of all parts: its manifest, and how many copies and empty documents were left out.
+
+    The caller sees to it that no other process does the same, and removes the parts with `tidy`. UserError when the parts
+    do not belong together, or a side is empty."""
     parts = [PartManifest.load(folder, fellow.manifest) for fellow in part.fellows]
     for other in parts[1:]:
         parts[0].check_fellow(other, folder)
     if not any(made.train.documents for made in parts) or not any(made.valid.documents for made in parts):
         raise UserError(
-            f"out={folder} has too few documents for {part.of} parts: one side is empty; delete the folder and leave --shard out"
+            f"out={folder} has too few documents for {part.of} parts: one side is empty; "
+            "delete the folder and leave --shard out"
         )
     tokenizer.save(folder / TOKENIZER)
     pieces = [tokenizer.bytes_of(id) for id in range(tokenizer.vocab_size)]
@@ -182,8 +186,8 @@ def _in_turns(splits: Sequence[SplitRecord]) -> SplitRecord:
 
 
 def _merge_valid(folder: Path, parts: Sequence[PartManifest], pieces: Sequence[bytes]) -> SplitRecord:
-    """Write the validation documents of all parts, each once, in the order of a keyed hash. Memory holds 22 bytes for each, and 24 more
-    for a moment."""
+    """Write the validation documents of all parts, each once, in the order of a keyed hash. Memory holds 22 bytes for each,
+    and 24 more for a moment."""
     splits = [TokenSplit("valid", folder, made.valid, made) for made in parts]
     marks, places, sizes, owners = array("Q"), array("Q"), array("I"), array("H")
     key = f"smalllm {parts[0].seed}".encode()

@@ -2,9 +2,9 @@
 
 It knows nothing of models and training, and of formats and hubs only what `sources` tells it.
 
-1. Every document is copied once to a spool (`spool`), a file that gives documents back in a seeded random order; memory keeps 16
-   bytes for each validation document. A 64-bit hash of its text and the seed decides its side, so equal texts fall on the same
-   one. Texts of the validation side occur there once, and nowhere in training.
+1. Every document is copied once to a spool (`spool`), a file that gives documents back in a seeded random order; memory
+   keeps 16 bytes for each validation document. A 64-bit hash of its text and the seed decides its side, so equal texts
+   fall on the same one. Texts of the validation side occur there once, and nowhere in training.
 2. The tokenizer learns from the first 20 MB of training text in the random order: an even sample of everything.
 3. Batches of documents are encoded on all threads and appended to shards. The first 50 MB of training are compared with
    validation on the way (`duplicates`), and what resembles it stands in the manifest, which comes last.
@@ -137,8 +137,8 @@ def prepare(
     given `tokenizer`, or `vocab_size` pieces (4,096 unless given) are learned. If `out` already holds the dataset of these settings it is kept
     (`reused`).
 
-    `shard` such as "2/5" makes the second of five parts of the dataset, from a fifth of the sources, with a `tokenizer` that all parts
-    share. Who finishes last makes one dataset of them; until then the figures are those of the part (`missing`).
+    `shard` such as "2/5" makes the second of five parts of the dataset, from a fifth of the sources, with a `tokenizer` that
+    all parts share. Who finishes last makes one dataset of them; until then the figures are those of the part (`complete`).
 
     Raises UserError for every mistake of the user.
     """
@@ -178,7 +178,8 @@ def _prepare_part(
     if given is None:
         learn = f"smalllm prepare {shlex.join(sources)} --limit 20000 --out FOLDER"
         raise UserError(
-            f"shard={part} needs one tokenizer for all parts; learn it with `{learn}` and add --tokenizer FOLDER/{TOKENIZER}"
+            f"shard={part} needs one tokenizer for all parts; "
+            f"learn it with `{learn}` and add --tokenizer FOLDER/{TOKENIZER}"
         )
     if settings.limit is not None:
         raise UserError(
@@ -266,8 +267,8 @@ def _check_part(made: PartManifest, description: _Description, given: Tokenizer,
     known = (made.sources, made.inputs, made.settings, made.tokenizer_fingerprint)
     if known != (description.sources, description.inputs, description.settings, given.fingerprint):
         raise UserError(
-            f"out={folder} has part {made.part}/{made.parts} of other settings, sources or another tokenizer than shard={part}; "
-            "give all machines the same command but for --shard, and a new folder"
+            f"out={folder} has part {made.part}/{made.parts} of other settings, sources or another tokenizer than "
+            f"shard={part}; give all machines the same command but for --shard, and a new folder"
         )
 
 
@@ -330,8 +331,8 @@ class _Description:
 def _describe(
     sources: list[Source], valid: Source | None, settings: Settings, given: Tokenizer | None, part: Part | None = None
 ) -> _Description:
-    """What the manifest says. Where machines share the sources, none reads all files, so files have the SHA-256 that the hub
-    tells, or none."""
+    """What the manifest says. Where machines share the sources, none reads all files, so that these have the SHA-256 that
+    the hub tells, or none."""
     everything = [*sources, valid] if valid else sources
     read = [
         InputRecord(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path) if part is None else None)
@@ -383,7 +384,8 @@ def _locked(folder: Path, name: str = LOCK) -> Iterator[Path]:
 
 
 def _lock(path: Path) -> IO[bytes] | None:
-    """A file that is locked until it is closed, or None where another process has it. The system drops the lock of a process that dies."""
+    """A file that is locked until it is closed, or None where another process has it. The system drops the lock of a process
+    that dies."""
     file = open(path, "ab")  # noqa: SIM115 (_unlock closes it)
     if _try_lock(file, path):
         return file
@@ -453,9 +455,8 @@ def _reuse(folder: Path, description: _Description, clock: _Clock) -> PrepareRes
 
 
 class _Corpus:
-    """All documents in two spools, one of each side, in one random order; in memory 16 bytes for each validation document.
-
-    Two kinds: with validation documents of a source of their own (`held_out`), or with a fraction of the documents."""
+    """All documents in two spools, one of each side, in one random order; memory has 16 bytes for each validation document.
+    Validation has a source of its own (`held_out`), or is a fraction of the documents."""
 
     def __init__(self, folder: Path, settings: Settings, held_out: bool) -> None:
         self._folder, self._held_out = folder, held_out
@@ -480,8 +481,8 @@ class _Corpus:
         self._put(document, valid=document.mark < self._limit)
 
     def settle(self) -> None:
-        """After the last document: with few of them, the nearest one goes to a side that would be empty. UserError where that
-        cannot be."""
+        """After the last document: with few of them, the nearest one goes to a side that would be empty. UserError where
+        that cannot be."""
         if not self._held_out and len(self) and not (self._train.documents and self._valid.documents):
             marks = [document.mark for spool in self._spools for bucket in spool.buckets() for document in bucket]
             self._divide(min(max(self._limit, min(marks) + 1), max(marks)))

@@ -18,6 +18,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -35,6 +36,7 @@ TOKENIZER = "tokenizer.model"
 SHARD_TOKENS = 50_000_000  # 100 MB of uint16
 CHUNK_TOKENS = 1 << 20
 LARGEST_MANIFEST = 1 << 26  # bytes
+SPARE_FILES = 512  # for whatever else a process opens beside its shards
 REMAKE = "delete the folder and run `smalllm prepare` again"
 
 _SEEK_LOCK = threading.Lock()
@@ -78,8 +80,8 @@ class SplitRecord(Record):
 
 
 class InputRecord(Record):
-    """One file that was read: its name without folders, size and SHA-256. Machines that share their sources do not read whole
-    files: then SHA-256 is what the hub says, or unknown."""
+    """One file that was read: its name without folders, size and SHA-256. Machines that share their sources do not read
+    whole files: then SHA-256 is what the hub says, or unknown."""
 
     name: str
     bytes: Count
@@ -237,6 +239,7 @@ class TokenSplit:
         self.text_bytes = record.text_bytes
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._limit, self._bos, self._eos = manifest.vocab_size, manifest.bos_id, manifest.eos_id
+        _allow_open_files(len(record.shards))
         self._shards = [_Shard(folder / shard.file, shard, self.dtype.itemsize) for shard in record.shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in record.shards)])
 
@@ -401,6 +404,19 @@ class ShardWriter:
             file=self._name, tokens=self._tokens, documents=self._documents, sha256=self._hash.hexdigest()
         )
         self._records.append(record)
+
+
+def _allow_open_files(more: int) -> None:
+    """Raise the limit of open files, which is often 1,024, as far as the system allows: 100 GB of tokens are 1,000 files."""
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit; macOS refuses some values
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        open_files = len(os.listdir("/dev/fd"))
+        wanted = open_files + more + SPARE_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _canonical_sha256(content: dict[str, Any]) -> str:

@@ -16,10 +16,10 @@ What a document is:
 
 Text must be UTF-8; a byte order mark is dropped; documents of nothing but white space are skipped and counted.
 
-Several machines may share a source (`share`). Its files, one behind the other, are cut into spans of equally many bytes, and
-what begins in a span is read by its machine alone: documents of .txt and .jsonl, row groups of .parquet, and whole files of the
-formats in which no place but the beginning says where a document begins. Every document is read by one machine, and a
-machine reads little more than its span, of a hub too.
+Several machines may share a source (`share`). Its files, one behind the other, are cut into spans of equally many bytes,
+and what begins in a span is read by its machine alone: documents of .txt and .jsonl, row groups of .parquet, and whole
+files of the formats in which no place but the beginning says where a document begins. Every document is read by one
+machine, and a machine reads little more than its span, of a hub too.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def open_source(source: str, *, num_files: int | None = None) -> Source:
 
 
 def share(source: str, part: int, parts: int, *, num_files: int | None = None) -> Source:
-    """One machine's part of a source, from 1 to `parts`; UserError for standard input. No file is read or downloaded for it."""
+    """One machine's part of a source, from 1 to `parts`; UserError for standard input. No file is read for it."""
     assert 1 <= part <= parts
     _check_selection(1.0, None, num_files)
     if source == "-":
@@ -462,8 +462,8 @@ def _window(stream: BinaryIO, border: re.Pattern[bytes], stretch: Stretch) -> _W
 
 
 def _next_border(stream: BinaryIO, border: re.Pattern[bytes], place: int, within: int | None = None) -> int | None:
-    """The first place from `place` on at which a document begins, because a border ends there; None if there is none, or none
-    in so many bytes."""
+    """The first place from `place` on at which a document begins, because a border ends there; None if there is none, or
+    none `within` so many bytes."""
     start = max(0, place - LONGEST_BORDER)
     stream.seek(start)
     data = b""
@@ -821,8 +821,8 @@ def _opened(file: Path | _HubFile) -> BinaryIO:
 
 
 class _HubRange(io.RawIOBase):
-    """A file on the hub, read by HTTP ranges. A range has no checksum: that it comes from the listed commit, of the listed size, is
-    all that is checked."""
+    """A file on the hub, read by HTTP ranges. A range has no checksum: that it comes from the listed commit, and from a file
+    of the listed size, is all that is checked."""
 
     def __init__(self, file: _HubFile) -> None:
         assert file.size is not None

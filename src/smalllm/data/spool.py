@@ -3,7 +3,7 @@
 It knows nothing of sources, splits or tokens. Every document gets a random key; the order is that of the keys. The first
 bits of its key choose one of 1,024 buckets, whose documents are collected and go to one file in blocks; reading takes a
 bucket at a time and sorts it (Sanders 1998, "Random permutations on distributed, external and hierarchical memory"). So
-both ways are whole blocks, however little of the text memory could hold: at most 32 MB and a thousandth of the text.
+the disk reads and writes whole blocks, however little of the text memory could hold: 32 MB and a few thousandths of it.
 """
 
 from __future__ import annotations
