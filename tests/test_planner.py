@@ -197,7 +197,7 @@ def test_this_machine_is_measured_by_the_trainers_steps(tiny, tmp_path, capsys, 
 
 def test_the_table_is_plain_text(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(["plan", "smalllm-20m", "--card", "rtx4090", "--price", "0.4"]) == 0
+    assert run(["plan", "smalllm-20m", "--card", "rtx4090", "--vram", "9G", "--price", "0.4", "optim.lr=1e-3"]) == 0
     told = capsys.readouterr().out
     assert "\x1b" not in told and "smalllm-20m: 8 layers x 384" in told.splitlines()[0]
     for words in (
@@ -210,6 +210,7 @@ def test_the_table_is_plain_text(capsys, tmp_path, monkeypatch):
     ):
         assert words in told
     assert max(map(len, told.splitlines())) < 130
+    assert told.splitlines()[-1] == "There: smalllm train smalllm-20m optim.lr=1e-3 train.memory_gb=9"
 
 
 def test_a_run_too_large_for_this_machine_is_still_planned(capsys, tmp_path, monkeypatch):
@@ -238,6 +239,7 @@ def test_errors_are_sentences(capsys, tmp_path, monkeypatch):
     assert "the cards are RTX 3050, RTX 3060" in refused(capsys, "--card", "Voodoo 2")
     assert "write it like 8G" in refused(capsys, "--vram", "lots")
     assert "two devices" in refused(capsys, "--card", "T4", "train.device=cpu")
+    assert "two amounts of memory" in refused(capsys, "--vram", "8G", "train.memory_gb=4")
     assert "a T4 has no bf16" in refused(capsys, "--card", "T4", "train.precision=bf16")
     assert "there is no setting" in refused(capsys, "quickstart", "model.layerz=3")
     assert "--seconds -1 must be" in refused(capsys, "--seconds", "-1")

@@ -146,6 +146,10 @@ def find_place(config: RunConfig, card: str | None = None, vram: int | None = No
     smallest card of the table that has it. With ``train.device = cpu`` it is memory of this machine. UserError for what a
     card lacks."""
     if vram is not None:
+        if config.train.memory_gb not in (0.0, vram / 1e9):
+            raise UserError(
+                f"--vram and train.memory_gb = {config.train.memory_gb:g} are two amounts of memory; leave one of them out"
+            )
         config = config.replace(train={"memory_gb": vram / 1e9})
     if card is None and vram is not None and config.train.device == "auto" and hardware.pick_device().type == "cpu":
         card = smallest_card(vram).name

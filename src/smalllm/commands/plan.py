@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import tempfile
 from contextlib import closing
@@ -79,7 +80,7 @@ def plan(
     if json_output:
         print(json.dumps({**made.figures(), "forecast": told.figures()} if told else made.figures()))
     else:
-        _print(made, told)
+        _print(made, told, _training(words, data, minutes, made))
     return 0
 
 
@@ -157,14 +158,14 @@ def make_forecast(made: RunPlan, proxy_seconds: float) -> Forecast:
 # ── appearance ──
 
 
-def _print(made: RunPlan, told: Forecast | None) -> None:
+def _print(made: RunPlan, told: Forecast | None, command: str) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(Text(plain(heading(made)), "bold"), soft_wrap=True)
     grid = Table.grid(padding=(0, 2))
     for name, figure, meaning in [*rows(made), *(forecast_rows(told) if told else [])]:
         grid.add_row(Text(name, "dim"), Text(plain(figure)), Text(plain(meaning), "dim"))
     console.print(grid, soft_wrap=not console.is_terminal)
-    for sentence in [*(told.notes if told else []), *advice(made)]:
+    for sentence in [*(told.notes if told else []), *advice(made, command)]:
         console.print(Text(plain(sentence)), soft_wrap=True)
 
 
@@ -218,25 +219,31 @@ PARTS = {
 }
 
 
-def advice(made: RunPlan) -> list[str]:
-    """What to do next."""
+def advice(made: RunPlan, command: str) -> list[str]:
+    """What to do next; ``command`` trains what was planned."""
     if not made.fits:
         needed, there = _unit(made.memory.total, "B"), _unit(made.place.memory_bytes, "B")
         return [f"It does not fit: it takes {needed} and {made.place.name} has {there}{made.instead}."]
-    from smalllm.commands.train import PROGRAM
-
-    told = []
-    if made.place.card is None:
-        told.append(f"Next: {PROGRAM} train {made.config.name}, with the same settings")
-    else:
-        limit = made.config.train.memory_gb
-        told.append(f"There: smalllm train {made.config.name}{f' train.memory_gb={limit:g}' if limit else ''}")
+    told = [f"{'There' if made.place.card else 'Next'}: {command}"]
     if made.epochs is not None and made.epochs > MANY_EPOCHS:
-        told.append(
+        told.insert(
+            0,
             f"It reads its data {made.epochs:.0f} times; beyond about {MANY_EPOCHS} more data helps more than more steps"
-            " (Muennighoff et al., arXiv 2305.16264)."
+            " (Muennighoff et al., arXiv 2305.16264).",
         )
     return told
+
+
+def _training(words: tuple[str, ...], data: Path | None, minutes: float | None, made: RunPlan) -> str:
+    """The command that trains what was planned."""
+    from smalllm.commands.train import PROGRAM
+
+    options = [] if data is None else ["--data", str(data)]
+    options += [] if minutes is None else ["--minutes", f"{minutes:g}"]
+    limit = made.config.train.memory_gb
+    given = any(word.startswith("train.memory_gb=") for word in words)
+    memory = [f"train.memory_gb={limit:g}"] if limit and not given else []
+    return f"{'smalllm' if made.place.card else PROGRAM} {shlex.join(['train', *words, *memory, *options])}"
 
 
 MANY_EPOCHS = 4
