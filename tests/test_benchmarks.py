@@ -91,6 +91,22 @@ def test_every_script_explains_itself(script: Path, capsys: pytest.CaptureFixtur
     assert f"## {script.name}" in (script.parent / "README.md").read_text()
 
 
+def test_prepare_scale_adds_up_what_the_parts_took(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "stories.txt"
+    text.write_text("".join(f"Story {number} of a rabbit.\n<|endoftext|>\n" for number in range(400)))
+    script = load("prepare_scale")
+    script.main([
+        "--text", str(text), "--copies", "1", "3", "--parts", "2", "--vocab-size", "290", "--json", str(tmp_path / "f.json"),
+    ])  # fmt: skip
+    one, three = json.loads((tmp_path / "f.json").read_text())
+    texts = sum(len(f"Story {number} of a rabbit.") for number in range(400))
+    assert (one["documents"], one["bytes"], one["read_bytes"], three["read_bytes"]) == (400, texts, texts, 3 * texts)
+    assert one["documents"] < three["documents"] < 1_200 and three["parts"] == 2 and three["peak_bytes"] > 1e7
+    assert capsys.readouterr().out.count("\n") == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "stories.txt"]
+
+
 def test_cost_growth_measures_draws_and_tells(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     files = ["--json", str(tmp_path / "c.json"), "--png", str(tmp_path / "c.png")]
     asked = [
