@@ -17,11 +17,12 @@ import torch
 from ranked import Group
 
 from smalllm.checkpoint import RunFolder
-from smalllm.config import RunConfig, UserError
+from smalllm.config import RunConfig, UserError, parse_config
 from smalllm.metrics import read_records
+from smalllm.model import GPT
 from smalllm.ranks import ALONE, RankLost, Ranks, joined
 from smalllm.reliability.promises import check_same, make_data, settings
-from smalllm.runtime import make_runtime
+from smalllm.runtime import Runtime, fit_memory, make_runtime, step_memory
 from smalllm.training.setting_out import divisible
 from smalllm.training.trainer import Trainer, TrainingFailure, train
 
@@ -223,6 +224,24 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="2 ranks on this machine with 1 GPUs"):
         make_runtime("cuda", "fp32", Ranks(0, 2, 0, 2))
+
+
+def test_a_step_is_divided_among_ranks_and_sharding_takes_less_memory():
+    config = parse_config(
+        {
+            "model": {"layers": 8, "width": 256, "heads": 4, "context": 256, "vocab_size": 512},
+            "train": {"batch_tokens": 8192, "steps": 1},
+        }
+    )
+    with torch.device("meta"):
+        model = GPT(config.model)
+    alone, four = (Runtime(torch.device("cpu"), "fp32", ranks) for ranks in (ALONE, Ranks(1, 4, 1, 4)))
+    assert fit_memory(model, alone, config, held=0).micro_batch == 16
+    assert fit_memory(model, four, config, held=0).micro_batch == 8, "a rank has eight of the 32 rows"
+    sharded = config.replace(train={"parallel": "fsdp"})
+    whole, parts = (step_memory(model, four, each, 2048, False, held=0) for each in (config, sharded))
+    assert parts.optimizer == whole.optimizer // 4 and parts.gradients == -(-whole.gradients // 4)
+    assert parts.weights < whole.weights and parts.activations == whole.activations
 
 
 # ── what they tell each other ──

@@ -173,11 +173,12 @@ def fit_memory(
         tokens = size * model.config.context
         return Fit(size, recompute, step_memory(model, runtime, config, tokens, recompute, held).total)
 
-    train = config.train
+    train, ranks = config.train, runtime.ranks
     if train.micro_batch and not train.memory_gb:
         return fit(train.micro_batch, train.recompute)
-    budget = train.memory_gb * 1e9 or 0.5 * (device_bytes or hardware.total_memory(runtime.device))
-    sequences = train.batch_tokens // model.config.context
+    users = ranks.local_world if runtime.device.type == "cpu" else 1  # ranks that share this memory
+    budget = train.memory_gb * 1e9 or 0.5 * (device_bytes or hardware.total_memory(runtime.device)) / users
+    sequences = -(-train.batch_tokens // model.config.context // ranks.world)
     likes = max(1, (4096 if runtime.device.type == "cpu" else 32_768) // model.config.context)
     # Equal pieces: one shape to compile.
     sizes = [size for size in range(train.micro_batch or min(sequences, likes), 0, -1) if sequences % size == 0]
@@ -230,18 +231,21 @@ def step_memory(
     resident memory of the runs in docs/planning.md; not compared on a GPU yet."""
     device, heap = runtime.device.type, heap_factor(runtime)
     parameters, matrices = model.parameters_count(), _matrices(model) if config.optim.kind == "muon" else {}
+    shards = runtime.ranks.world if config.train.parallel == "fsdp" else 1
+    kept = -(-parameters // shards)  # of weights, gradients and state, at this rank
+    gathered = model.embedding_parameters() + 2 * (parameters // model.config.layers) if shards > 1 else 0
     if held is None:
-        own = 0 if model.embedding.weight.is_meta else 4 * parameters
+        own = 0 if model.embedding.weight.is_meta else 4 * kept
         held = hardware.memory_now(runtime.device) - own
     of_muon, largest = sum(matrices.values()), max(matrices.values(), default=0)
-    state = 8 * parameters - 4 * of_muon
+    state = (8 * parameters - 4 * of_muon) // shards
     activations = heap * _activation_bytes(model, runtime, config, tokens, recompute)
     logits = heap * _logit_bytes(model, runtime, config)
     # Muon: every matrix's direction, and for those of the largest shape stacks in float32 and bfloat16.
     update = heap * (4 * of_muon + 12 * largest)
     return StepMemory(
         process=held + PROCESS_BYTES[device] + (CHECKPOINTING_BYTES if recompute and device == "cpu" else 0),
-        weights=4 * parameters, gradients=4 * parameters, optimizer=state,
+        weights=4 * (kept + gathered), gradients=4 * kept, optimizer=state,
         checkpoint=4 * parameters + state if device == "cpu" else 0,  # elsewhere in the memory of the host
         activations=round(activations), logits=round(logits), update=max(0, round(update - activations - logits)),
     )  # fmt: skip
