@@ -467,6 +467,16 @@ def test_parts_of_a_file_are_about_equal(tmp_path):
         assert all(abs(len(some) - 2_500) <= 1 for some in shares(source, 4))
 
 
+def test_damaged_pages_of_parquet_are_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"] * 1000}), path, row_group_size=100)
+    data = path.read_bytes()
+    path.write_bytes(data[:50] + b"\xff" * 200 + data[250:])
+    assert "a.parquet is not a readable parquet file (" in sentence(str(path))
+    with pytest.raises(UserError, match=r"^[^\n]*a.parquet is not a readable parquet file \([^\n]*$"):
+        list(documents(share(str(path), 1, 2)))
+
+
 def test_parts_of_parquet_are_row_groups(tmp_path):
     table = pyarrow.table({"id": range(1000), "text": [f"row {number}" for number in range(1000)]})
     for name in ("a", "b"):

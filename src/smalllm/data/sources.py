@@ -738,7 +738,11 @@ def _read_parquet(place: Path | BinaryIO, name: str, stretch: Stretch | None = N
             for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[column], use_threads=False):
                 for value in batch.column(0).to_pylist():
                     yield _text_of(value, name)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if (
+            isinstance(error, OSError) and error.errno
+        ):  # of the disk, and not of pyarrow, which has this class for damage too
+            raise
         reason = printable(str(error).partition("\n")[0], 200)
         raise UserError(f"{name} is not a readable parquet file ({reason}); get it again") from None
 
