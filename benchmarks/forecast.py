@@ -17,16 +17,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smalllm.config import RunConfig, load_recipe
 from smalllm.data.prepare import prepare
 from smalllm.data.shards import TokenDataset
-from smalllm.forecast import forecast
+from smalllm.forecast import LEAST_PROXIES, LEVEL, Proxy, forecast, predict
 from smalllm.planner import make_model
 from smalllm.training.trainer import train
 
 FAMILIES = {
     "laptop-4096": ("laptop", "text-4096", []),
     "gelu-2048": ("smalllm-20m", "text-2048", [
+        "model.vocab_size=0", "model.mlp_width=0", "model.context=256", "optim.lr=3e-3", "optim.warmup_steps=50",
+        "train.batch_tokens=2048", "train.patience=0",
+    ]),
+    "gelu-4096": ("smalllm-20m", "text-4096", [
         "model.vocab_size=0", "model.mlp_width=0", "model.context=256", "optim.lr=3e-3", "optim.warmup_steps=50",
         "train.batch_tokens=2048", "train.patience=0",
     ]),
@@ -43,10 +49,16 @@ FAMILIES = {
     ]),
 }  # fmt: skip
 """Name: recipe, data, settings."""
-HELD_OUT = (
+FIRST_TEN = (
     "laptop-4096 2 1 80 4 101", "laptop-4096 4 2 80 0.5 102", "laptop-4096 4 2 80 1 103",
     "gelu-2048 4 4 32 2 104", "gelu-2048 2 2 32 8 105", "gelu-2048 6 6 32 0.5 106", "gelu-2048 6 8 32 0.5 107",
     "quickstart 4 3 64 0.5 108", "quickstart 2 2 64 2 109", "quickstart 4 3 64 1 110",
+)  # fmt: skip
+"""Held out while the first constants were made, of which three missed; the constants of now are made with them too."""
+HELD_OUT = (
+    "laptop-4096 3 2 80 1 301", "laptop-4096 2 2 80 2 302", "laptop-4096 2 1 80 8 303",
+    "gelu-4096 4 4 32 1 304", "gelu-4096 6 8 32 0.5 305", "gelu-2048 5 5 32 1 306", "gelu-2048 2 2 32 4 307",
+    "quickstart 3 3 64 1 308", "quickstart 2 1 64 2 309", "quickstart 2 3 64 0.5 310",
 )  # fmt: skip
 """Family, layers, heads, width of a head, millions of tokens (2^20), seed."""
 CALIBRATION = (
@@ -65,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", nargs=2, type=Path, metavar=("TRAIN", "VALID"), required=True)
     parser.add_argument("--work", type=Path, default=Path("data/forecast"), help="datasets and outcomes are kept here")
     parser.add_argument("--flops", type=float, default=5e12, help="arithmetic of a proxy at most")
+    parser.add_argument(
+        "--reach", type=float, default=16.0, help="a second figure: proxies with so much less arithmetic only"
+    )
+    parser.add_argument("--first", action="store_true", help="the first ten, which the constants are made with since")
     parser.add_argument("--calibrate", action="store_true", help="the runs that the constants come from, instead")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(arguments)
@@ -75,17 +91,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         " last proxy |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
     results = []
-    for run in CALIBRATION if options.calibrate else HELD_OUT:
+    for run in CALIBRATION if options.calibrate else FIRST_TEN if options.first else HELD_OUT:
         results.append(score(run, options.work, options.flops))
         print(row(results[-1]), flush=True)
+    print(f"\n{summary(results)}")
+    far = [from_afar(result, options.reach) for result in results]
+    print(f"from proxies with a {options.reach:g}th of the arithmetic at most: {summary([one for one in far if one])}")
     held = [result["held"] for result in results]
-    print(
-        f"\nheld {sum(held)} of {len(held)}; half width {mean(results, 'half_width'):.1%}, error {mean(results, 'error'):.1%},"
-        f" of the last proxy {mean(results, 'naive_error'):.1%} (means)"
-    )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return int(sum(held) < 0.8 * len(held))
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """How often the intervals held, and how wide they were."""
+    return (
+        f"held {sum(result['held'] for result in results)} of {len(results)}; half width {mean(results, 'half_width'):.1%},"
+        f" error {mean(results, 'error'):.1%}, of the last proxy {mean(results, 'naive_error'):.1%} (means)"
+    )
 
 
 def mean(results: list[dict[str, Any]], key: str) -> float:
@@ -105,6 +128,22 @@ def score(run: str, work: Path, flops: float) -> dict[str, Any]:
         "epochs": tokens / dataset.train.tokens, **told.figures(), "outcome": came, "held": low <= came <= high,
         "half_width": (high - low) / 2 / told.bits_per_byte, "error": told.bits_per_byte / came - 1,
         "naive_error": told.last_proxy / came - 1,
+    }  # fmt: skip
+
+
+def from_afar(result: dict[str, Any], reach: float) -> dict[str, Any] | None:
+    """The same from the proxies that take so many times less arithmetic than the run; None where they are too few."""
+    every = [Proxy(**proxy) for proxy in result["proxies"]]
+    total = result["reach"] * max(proxy.flops for proxy in every)
+    proxies = [proxy for proxy in every if proxy.flops <= 1.001 * total / reach]
+    if len(proxies) < LEAST_PROXIES:
+        return None
+    draws = predict(proxies, total / result["tokens"], result["tokens"])
+    low, median, high = np.quantile(draws, [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2])
+    came, last = result["outcome"], max(proxies, key=lambda proxy: proxy.flops).bits_per_byte
+    return {
+        "held": low <= came <= high, "half_width": (high - low) / 2 / median, "error": median / came - 1,
+        "naive_error": last / came - 1,
     }  # fmt: skip
 
 

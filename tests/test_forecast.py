@@ -115,6 +115,7 @@ def test_what_is_beyond_the_validation_is_said(tiny, dataset_folder, monkeypatch
         (lambda size, tokens: 0.95 * (size / SIZE) ** -0.06 * (tokens / TOKENS) ** -0.15, None),
         (lambda size, tokens: 0.4 + 0.3 * (size / SIZE) ** -0.2 + 0.3 * (tokens / TOKENS) ** -0.4, None),
         (lambda size, tokens: 0.2 + 0.1 * (size / SIZE) ** -0.3 * (tokens / TOKENS) ** -1.5, 0.2),
+        (lambda size, tokens: 0.204 + 0.01 * (size / SIZE) ** -0.3 * (tokens / TOKENS) ** -1.5, 0.2),
     ],
 )
 def test_a_law_is_continued(law, floor):
@@ -139,11 +140,11 @@ def test_the_posterior_is_that_of_the_textbook():
     """Bishop 2006, equations 3.50 and 3.51, in the form with precisions."""
     random = np.random.default_rng(3)
     d, n, y = random.normal(-1, 0.5, 7), random.normal(-1, 0.5, 7), random.normal(0, 0.2, 7)
-    prior, seeds = Prior((-0.1, 0.2), (-0.2, 0.1), (0.03, 0.1), (0.02, 0.1), 0.1, 0.05, 0.02, 1.0), np.full(7, 0.03)
-    found = module._posterior(y, d, n, seeds, prior, 2.0, 0.0)
+    prior = Prior((-0.1, 0.2), (-0.2, 0.1), (0.03, 0.1), (0.02, 0.1), 0.1, 0.05, 0.02)
+    found = module._posterior(0.3 + np.exp(y), 0.3, d, n, prior, 2.0, 0.0)
     features = np.stack([np.ones(7), d, n, d**2 / 2, d * n, n**2 / 2], axis=1)
     means, deviations = 2 * np.array([0, -0.1, -0.2, 0.03, 0.02, 0]), np.array([3, 0.4, 0.2, 0.2, 0.2, 0.2])
-    noise = 0.03**2 + 0.1**2 + 0.04**2 * (d**2 + n**2)
+    noise = (0.006 * (0.3 + np.exp(y)) / np.exp(y)) ** 2 + 0.1**2 + 0.04**2 * (d**2 + n**2)
     precision = np.diag(deviations**-2.0) + features.T @ np.diag(1 / noise) @ features
     mean = np.linalg.solve(precision, means / deviations**2 + features.T @ (y / noise))
     assert found.mean == pytest.approx(mean[0])

@@ -68,8 +68,8 @@ class Prior:
     """What is believed about y = log(bits per byte - floor) before a proxy is run: mean and standard deviation of its slope
     over log tokens and over log arithmetic per token (size), of its curvature over tokens, of the change of the slope over
     tokens with size, and the deviation of its curvature over size (mean 0). ``misfit`` is what the form misses, ``far`` what
-    it misses more for every unit of distance. The interval is made wider by ``inflation``, because
-    nothing here knows of families that were never tried. With several ``scales``, all of it times each, as the data prefers."""
+    it misses more for every unit of distance. With several ``scales``, all of it times each, and with several ``levels``,
+    with a floor so much above the exact entropy, as the data prefers: what a model does not learn in the time it has."""
 
     tokens: tuple[float, float]
     size: tuple[float, float]
@@ -78,12 +78,14 @@ class Prior:
     size_curvature: float
     misfit: float
     far: float
-    inflation: float
     scales: tuple[float, ...] = (1.0,)
+    levels: tuple[float, ...] = (0.0,)
 
 
-TEXT = Prior((-0.11, 0.045), (-0.06, 0.02), (-0.03, 0.06), (-0.06, 0.02), 0.02, 0.006, 0.005, 1.1)
-WITH_FLOOR = Prior((-0.46, 0.05), (-0.06, 0.06), (0.0, 0.08), (-0.09, 0.06), 0.04, 0.03, 0.005, 1.3, (3.0, 6.0))
+TEXT = Prior((-0.11, 0.045), (-0.06, 0.045), (0.0, 0.05), (-0.07, 0.025), 0.04, 0.008, 0.005)
+WITH_FLOOR = Prior(
+    (-0.52, 0.06), (-0.1, 0.06), (0.15, 0.1), (-0.08, 0.06), 0.05, 0.028, 0.018, scales=(3.0, 6.0), levels=(0.0, 0.01, 0.02, 0.03, 0.05)
+)  # fmt: skip
 """For a corpus whose exact entropy is known, and left out of y."""
 
 
@@ -176,46 +178,51 @@ def predict(
     """Draws [draws] of the bits per byte of a run with so much arithmetic per token and so many tokens, whose logarithm has
     the standard deviation ``spread``. Seeded: the same proxies give the same draws."""
     loss = np.array([proxy.bits_per_byte for proxy in proxies])
-    floor = proxies[0].floor or 0.0
+    exact = proxies[0].floor or 0.0
     prior = TEXT if proxies[0].floor is None else WITH_FLOOR
     d = np.log([proxy.tokens / tokens for proxy in proxies])
     n = np.log([proxy.flops / proxy.tokens / size for proxy in proxies])
-    above = np.maximum(loss - floor, 1e-3 * loss)
-    y, seeds = np.log(above), SEED_SPREAD * loss / above
-    fits = [_posterior(y, d, n, seeds, prior, scale, spread) for scale in prior.scales]
+    fits = [
+        _posterior(loss, exact * (1 + level), d, n, prior, scale, spread)
+        for level in prior.levels
+        for scale in prior.scales
+    ]
     weights = np.exp([fit.evidence - max(fit.evidence for fit in fits) for fit in fits])
     random = np.random.default_rng(0)
-    chosen = random.choice(len(fits), draws, p=weights / weights.sum())
-    mean, deviation = (np.array(values)[chosen] for values in zip(*((f.mean, f.deviation) for f in fits), strict=True))
-    told = floor + np.exp(mean + prior.inflation * deviation * random.standard_normal(draws))
-    return np.maximum(floor, told * (1 + prior.inflation * SEED_SPREAD * random.standard_normal(draws)))
+    floor, mean, deviation, _ = np.array(fits)[random.choice(len(fits), draws, p=weights / weights.sum())].T
+    told = floor + np.exp(mean + deviation * random.standard_normal(draws))
+    return np.maximum(exact, told * (1 + SEED_SPREAD * random.standard_normal(draws)))
 
 
 class _Posterior(NamedTuple):
-    """Of y at the planned run, and the log of the evidence for the scale that was assumed."""
+    """Of y at the planned run above a floor, and the log of the evidence for what was assumed."""
 
+    floor: float
     mean: float
     deviation: float
     evidence: float
 
 
 def _posterior(
-    y: np.ndarray, d: np.ndarray, n: np.ndarray, seeds: np.ndarray, prior: Prior, scale: float, spread: float
+    loss: np.ndarray, floor: float, d: np.ndarray, n: np.ndarray, prior: Prior, scale: float, spread: float
 ) -> _Posterior:
     """Linear regression with normal priors and known noise. d and n, [proxies], are the logs of tokens and size relative to
     the run, where the form is its constant term."""
+    above = np.maximum(loss - floor, 1e-3 * loss)
+    y, seeds = np.log(above), SEED_SPREAD * loss / above
     features = np.stack([np.ones_like(d), d, n, d * d / 2, d * n, n * n / 2], axis=1)
-    coefficients = np.array(
-        [(0.0, 3.0 / scale), prior.tokens, prior.size, prior.curvature, prior.interaction, (0.0, prior.size_curvature)]
-    )
+    coefficients = np.array([
+        (0.0, 3.0 / scale), prior.tokens, prior.size, prior.curvature, prior.interaction, (0.0, prior.size_curvature)
+    ])  # fmt: skip
     expected, covariance = scale * coefficients[:, 0], np.diag((scale * coefficients[:, 1]) ** 2)
     noise = seeds**2 + scale**2 * (prior.misfit**2 + prior.far**2 * (d**2 + n**2))
     total = features @ covariance @ features.T + np.diag(noise)
     surprise, gain = y - features @ expected, covariance @ features.T
     mean = expected + gain @ np.linalg.solve(total, surprise)
     variance = (covariance - gain @ np.linalg.solve(total, gain.T))[0, 0] + (scale * prior.misfit) ** 2
-    evidence = -0.5 * (surprise @ np.linalg.solve(total, surprise) + np.linalg.slogdet(total)[1])
-    return _Posterior(float(mean[0]), math.sqrt(variance + (mean[1] * spread) ** 2), float(evidence))
+    # Of the losses, not of their logarithms: these differ with the floor.
+    evidence = -0.5 * (surprise @ np.linalg.solve(total, surprise) + np.linalg.slogdet(total)[1]) - y.sum()
+    return _Posterior(floor, float(mean[0]), math.sqrt(variance + (mean[1] * spread) ** 2), float(evidence))
 
 
 # ── the ladder ──
