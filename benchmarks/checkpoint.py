@@ -20,8 +20,8 @@ from statistics import median
 
 import torch
 
-from smalllm.commands.bench import TrainingBench
 from smalllm.config import load_recipe
+from smalllm.speed.training import TrainingBench
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from smalllm import hardware
-from smalllm.commands.bench import TrainingBench
 from smalllm.config import UserError, load_recipe
+from smalllm.speed.training import TrainingBench
 
 RUNS = (
     "quickstart",

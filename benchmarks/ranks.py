@@ -29,10 +29,10 @@ import torch
 
 from smalllm.cards import find_card
 from smalllm.checkpoint import RunFolder
-from smalllm.commands.bench import random_data
 from smalllm.config import RunConfig, load_recipe
 from smalllm.files import Untouched
 from smalllm.ranks import joined
+from smalllm.speed.training import random_data
 from smalllm.training.trainer import Trainer
 
 

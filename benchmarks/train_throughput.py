@@ -37,11 +37,11 @@ import torch
 from torch import Tensor, nn
 
 from smalllm import hardware
-from smalllm.commands.bench import TrainingBench, random_data
 from smalllm.config import ModelConfig, RunConfig, UserError, load_recipe
 from smalllm.data.batches import Batch, Batches
 from smalllm.data.shards import TokenDataset
 from smalllm.model import GPT
+from smalllm.speed.training import TrainingBench, random_data
 
 CONTENDERS = (
     "smalllm", "transformers-bf16", "transformers-fp32", "nanogpt-fp32", "nanogpt-bf16-compiled",

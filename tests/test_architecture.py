@@ -27,6 +27,7 @@ ORDER = [
     "reliability.trials", "reliability.disks", "reliability.promises",
     "plots", "reporting.dossier", "reporting.wording", "reporting.markup", "reporting.chart", "reporting.html", "reporting.markdown", "api", "deploy",
     "serve.protocol", "serve.meters", "serve.models", "serve.engine", "serve.report", "serve.guard", "serve.server",
+    "speed.training", "speed.decoding", "speed.preparing", "speed.serving",
     "commands.train", "commands.prepare", "commands.sample", "commands.chat", "commands.serve", "commands.evaluate", "commands.export", "commands.import_", "commands.compare", "commands.report", "commands.plot", "commands.bench", "commands.plan", "commands.doctor", "commands.deploy",
     "cli", "__main__",
 ]  # fmt: skip

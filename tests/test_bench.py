@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_settings
+from test_generation import save_run
 
 from smalllm import hardware
 from smalllm.checkpoint import open_run
 from smalllm.cli import run
-from smalllm.commands.bench import STEPS, TrainingBench, random_data
 from smalllm.config import load_recipe
 from smalllm.data.batches import IGNORE
 from smalllm.data.shards import TokenDataset
 from smalllm.model import GPT
+from smalllm.speed.training import STEPS, TrainingBench, random_data
 from smalllm.training.trainer import train
 
 TINY = [
@@ -179,7 +181,7 @@ def test_decoding_a_run_measures_its_own_model(
     [
         (["decode", "--batch", "0"], "--batch 0 must be 1 to 1024"),
         (["decode", "nonesuch"], "there is no run at"),
-        (["train", "--batch", "4"], "belong to bench decode"),
+        (["train", "--batch", "4"], "belongs to bench decode"),
         (["decode", "quickstart", "model.widht=3"], "did you mean 'model.width'"),
     ],
 )
@@ -194,3 +196,44 @@ def test_a_run_is_measured_as_it_is(tiny, nowhere: Path, capsys: pytest.CaptureF
     train(tiny(train={"steps": 1}), nowhere / "run")
     assert run(["bench", "decode", "run", "model.layers=3"]) == 1
     assert "model.layers=3 cannot change the model of a run" in capsys.readouterr().err
+
+
+def test_bench_prepare_says_how_fast_text_becomes_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "prepare", "quickstart", "data.vocab_size=512", "--seconds", "0.3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told.keys() == {"megabytes_per_second", "bytes", "documents", "tokens", "vocab_size", "seconds"}
+    assert 290_000 < told["bytes"] < 320_000 and told["vocab_size"] == 512 and told["documents"] > 200
+    assert told["megabytes_per_second"] == pytest.approx(told["bytes"] / told["seconds"] / 1e6, rel=0.1)
+    assert run(["bench", "prepare", "data.vocab_size=512", "--seconds", "0.3"]) == 0
+    assert "MB/s" in capsys.readouterr().out
+
+
+def test_bench_serve_asks_a_server_of_its_own(
+    tmp_path: Path, dataset_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_run(tmp_path / "run", tiny_settings(dataset_folder), step=4)
+    assert run(["bench", "serve", str(tmp_path / "run"), "--batch", "3", "--seconds", "0.5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["clients"], told["tokens"]) == (3, 24)
+    assert (
+        told["tokens_per_second"] == pytest.approx(24 * told["requests_per_second"], rel=0.1)
+        and told["tokens_per_second"] > 0
+    )
+    assert 0 < told["first_token_seconds"] <= told["first_token_seconds_95"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["serve", "quickstart"], "a recipe has no weights to serve"),
+        (["serve", "no-such-run"], "no-such-run"),
+        (["prepare", "--batch", "4"], "--batch belongs to bench decode and serve"),
+        (["serve", "--weights", "int8"], "--weights belongs to bench decode"),
+    ],
+)
+def test_bench_refuses_in_a_sentence(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["bench", *words]) == 1
+    assert said in capsys.readouterr().err

@@ -112,7 +112,7 @@ def test_fp16_overflows_at_all_ranks_or_none(data: Path, tmp_path: Path):
 def test_a_budget_of_minutes_ends_all_ranks_at_one_step(data: Path, tmp_path: Path):
     config = settings(data, steps=0, minutes=0.05, micro_batch=2)
     run_ranks(2, config, tmp_path / "run")
-    assert RunFolder(tmp_path / "run").newest_step() == len(losses(tmp_path / "run")) > 5
+    assert RunFolder(tmp_path / "run").newest_step() == len(losses(tmp_path / "run")) > 0
 
 
 # ── the same bits after a loss ──

@@ -27,7 +27,7 @@ VERBS = {
     "plan": "Tell what a run will take: memory, hours, money.",
     "plot": "Draw loss and learning rate of runs.",
     "deploy": "Train on another machine over ssh: push, launch, follow, fetch.",
-    "bench": "Measure how fast this machine trains and decodes.",
+    "bench": "Measure how fast this machine prepares, trains, decodes and serves.",
     "doctor": "Check this installation and this machine.",
 }
 DEBUG_VARIABLE = "SMALLLM_DEBUG"

@@ -125,8 +125,8 @@ def make_plan(config: RunConfig, card: str | None, vram: str | None, price: floa
 def measure(config: RunConfig, seconds: float) -> Speed:
     """Tokens per second of the trainer's own steps: the median, the slowest and the fastest."""
     build.begin("kernels")
-    from smalllm.commands.bench import STEPS, TrainingBench
     from smalllm.planner import Speed
+    from smalllm.speed.training import STEPS, TrainingBench
 
     print(f"measuring {config.name} for {seconds:g} s", file=sys.stderr)
     with (

@@ -1,0 +1,1 @@
+"""How fast this machine prepares, trains, decodes and serves."""
