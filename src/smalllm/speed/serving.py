@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -92,18 +93,18 @@ def serving_speed(run: str, clients: int, tokens: int, seconds: float) -> Servin
 def server(run: str | Path, slots: int) -> Iterator[int]:
     """`smalllm serve` of this installation on a free port of this machine; the port."""
     command = [sys.executable, "-m", "smalllm", "serve", str(run), "--port", "0", "--slots", str(slots)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and process.stderr is not None
-        greeting = process.stdout.readline()
-        if not (found := re.search(r" at http://[^ ]+:([0-9]+)", greeting)):
-            raise UserError(f"the server did not start: {process.stderr.read().strip()[-300:] or greeting}")
-        for stream in (process.stdout, process.stderr):  # so that it never waits for a reader
-            threading.Thread(target=stream.read, daemon=True).start()
-        yield int(found[1])
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            greeting = process.stdout.readline() if process.stdout else ""
+            if not (found := re.search(r" at http://[^ ]+:([0-9]+)", greeting)):
+                log.seek(0)
+                raise UserError(f"the server did not start: {log.read().strip()[-300:] or greeting}")
+            yield int(found[1])
+        finally:
+            process.terminate()
 
 
 def _ask(port: int, body: dict[str, Any], seen: _Asked, ends: float) -> None:
