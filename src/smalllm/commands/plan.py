@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from smalllm.planner import RunPlan, Speed
 
 SECONDS, PROXY_SECONDS = 5.0, 60.0
+PIPE_COLUMNS = 120
 SOURCES = {
     "measured": "measured here on random tokens",
-    "card": "estimated from the maker's figures, assumed to be reached by 40 to 80 %",
+    "card": "40 to 80 % of what the maker's figures allow, assumed",
     "peak": "estimated from this machine's matrix product, not measured",
 }
 
@@ -159,12 +160,13 @@ def make_forecast(made: RunPlan, proxy_seconds: float) -> Forecast:
 
 
 def _print(made: RunPlan, told: Forecast | None, command: str) -> None:
-    console = Console(markup=False, emoji=False, highlight=False)
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    console = Console(markup=False, emoji=False, highlight=False, width=width)
     console.print(Text(plain(heading(made)), "bold"), soft_wrap=True)
     grid = Table.grid(padding=(0, 2))
     for name, figure, meaning in [*rows(made), *(forecast_rows(told) if told else [])]:
         grid.add_row(Text(name, "dim"), Text(plain(figure)), Text(plain(meaning), "dim"))
-    console.print(grid, soft_wrap=not console.is_terminal)
+    console.print(grid)
     for sentence in [*(told.notes if told else []), *advice(made, command)]:
         console.print(Text(plain(sentence)), soft_wrap=True)
 
@@ -200,7 +202,7 @@ def forecast_rows(told: Forecast) -> list[tuple[str, str, str]]:
     low, high = told.interval
     found = [
         ("forecast", f"{told.bits_per_byte:.3f} bits/byte", f"{low:.3f} to {high:.3f} in {told.level:.0%} of cases, from {len(told.proxies)} short runs"),
-        ("", "", f"the longest of them, with {1 / told.reach:.2g} of the arithmetic, came to {told.last_proxy:.3f}"),
+        ("", "", f"the longest of them, with {1 / told.reach:.1%} of the arithmetic, came to {told.last_proxy:.3f}"),
     ]  # fmt: skip
     if told.floor is not None:
         found.append(("", "", f"the exact entropy of the corpus is {told.floor:.3f}"))
