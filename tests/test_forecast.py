@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -99,10 +100,13 @@ def test_what_is_beyond_the_validation_is_said(tiny, dataset_folder, monkeypatch
     known = [dataclasses.replace(p, flops=1e6 * p.tokens) for p in ladder(lambda size, tokens: 1.0)[:4]]
     monkeypatch.setattr(module, "run_ladder", lambda *given: known)
     told = forecast(config, dataset, 1e15)
-    assert len(told.notes) == 2 and "parameters" in told.notes[0] and "76,800 tokens" in told.notes[1]
+    beyond = ("parameters", "76,800 tokens", "256 tokens a step")
+    assert all(words in note for words, note in zip(beyond, told.notes, strict=True))
     long = forecast(config.replace(train={"steps": 10**6, "batch_tokens": 32_768}), dataset, 1e15)
     assert [
-        words for words in ("arithmetic", "epochs", "a step") if not any(words in note for note in long.notes)
+        words
+        for words in ("arithmetic", "epochs", "a step (proxies have 16,384 at most)")
+        if not any(words in note for note in long.notes)
     ] == []
 
 
@@ -197,3 +201,29 @@ def test_a_forecast_needs_data(tmp_path: Path, monkeypatch, capsys: pytest.Captu
     assert "holds no prepared data" in capsys.readouterr().err
     assert run(["plan", "laptop", "--forecast", "--proxy-seconds", "0"]) == 1
     assert "--proxy-seconds 0 must be a number of seconds above 0" in capsys.readouterr().err
+
+
+# ── benchmarks/forecast.py ──
+
+
+def test_what_is_held_out_is_what_it_says():
+    benchmark = importlib.import_module("forecast")
+    lists = (benchmark.HELD_OUT, benchmark.FIRST_TEN, benchmark.CALIBRATION)
+    runs = [benchmark.run_config(line, Path("work")) for chosen in lists for line in chosen]
+    assert len({line for chosen in lists for line in chosen}) == len(runs) == 40
+    sizes = [make_model(config).parameters_count() for config in runs[:10]]
+    tokens = [config.train.steps * config.train.batch_tokens for config in runs[:10]]
+    assert 2e5 < min(sizes) < 4e5 and 5e6 < max(sizes) < 6e6 and min(tokens) >= 2**19 and max(tokens) == 2**23
+    assert len({config.seed for config in runs}) == 40
+
+
+def test_a_score_counts_what_was_held():
+    benchmark, law = importlib.import_module("forecast"), lambda size, tokens: 0.9 * (tokens / TOKENS) ** -0.12
+    proxies = [dataclasses.asdict(p) for p in ladder(law)]
+    result = {"proxies": proxies, "reach": 4.0, "tokens": TOKENS, "outcome": 0.9, "held": True, "half_width": 0.05}
+    far = benchmark.from_afar(result, 16.0)
+    assert far["held"] and abs(far["error"]) < 0.1 and far["naive_error"] > 0.1
+    assert not benchmark.from_afar({**result, "outcome": 2.0}, 16.0)["held"]
+    assert benchmark.from_afar(result, 1000.0) is None
+    both = [{**far, "half_width": 0.04}, {**far, "half_width": 0.06, "held": False}]
+    assert benchmark.summary(both).startswith("held 1 of 2; half width 5.0%")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
@@ -256,3 +257,16 @@ def test_what_would_fit_does(capsys, tmp_path, monkeypatch):
     width = told.partition("model.width=")[2].split()[0]
     smaller = [word for word in SEVEN_BILLION if not word.startswith("model.width")]
     assert asked(capsys, "smalllm-20m", *smaller, f"model.width={width}", "--card", "RTX 3050")["fits"]
+
+
+# ── benchmarks/planner.py ──
+
+
+def test_the_plan_is_compared_with_a_fresh_process(tiny: Callable[..., RunConfig], tmp_path: Path, capsys):
+    benchmark = importlib.import_module("planner")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(tiny(model={"width": 64}, train={"batch_tokens": 1024, "micro_batch": 0}).to_toml())
+    assert benchmark.main(["--runs", f"{recipe} model.layers=3", "--json", str(tmp_path / "planner.json")]) == 0
+    (result,) = json.loads((tmp_path / "planner.json").read_text())
+    assert "| predicted GB | measured GB |" in capsys.readouterr().out
+    assert 0.9 < result["ratio"] < 1.1 and result["measured_bytes"] > 1e8

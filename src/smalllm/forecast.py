@@ -59,6 +59,7 @@ DRAWS = 20_000
 VALIDATED_PARAMETERS = (2e5, 6e6)
 VALIDATED_TOKENS = (5e5, 8.4e6)
 VALIDATED_REACH = 16.0
+VALIDATED_BATCH = (1024, 4096)
 MANY_EPOCHS = 4
 """Data that is read more often teaches less each time (Muennighoff et al., arXiv 2305.16264)."""
 
@@ -153,16 +154,14 @@ def forecast(
 def _notes(config: RunConfig, dataset: TokenDataset, tokens: int, reach: float) -> list[str]:
     """What of this run is beyond what was validated."""
     parameters, notes = make_model(config).parameters_count(), []
-    epochs = tokens / max(1, dataset.train.tokens)
+    epochs, batch = tokens / max(1, dataset.train.tokens), config.train.batch_tokens
+    fewer = f" (proxies have {LARGEST_BATCH:,} at most)" if batch > LARGEST_BATCH else ""
     for outside, words in (
         (not VALIDATED_PARAMETERS[0] <= parameters <= VALIDATED_PARAMETERS[1], f"{parameters:,} parameters"),
         (not VALIDATED_TOKENS[0] <= tokens <= VALIDATED_TOKENS[1], f"{tokens:,} tokens"),
         (reach > VALIDATED_REACH, f"{reach:.0f} times the arithmetic of the longest proxy"),
         (epochs > MANY_EPOCHS, f"{epochs:.1f} epochs of the data"),
-        (
-            config.train.batch_tokens > LARGEST_BATCH,
-            f"{config.train.batch_tokens:,} tokens a step (proxies have fewer)",
-        ),
+        (not VALIDATED_BATCH[0] <= batch <= VALIDATED_BATCH[1], f"{batch:,} tokens a step{fewer}"),
     ):
         if outside:
             notes.append(f"outside of what the forecast was validated on: {words}")

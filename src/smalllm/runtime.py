@@ -227,7 +227,7 @@ def step_memory(
     """Peak memory of training with so many tokens per forward pass, when a step has several of them.
 
     Counted from what native/kernels.py, autograd and the optimizers keep, for a model that may be on the meta device.
-    ``held`` is what the process holds besides the model; None: what this one does now. On a CPU within 8 % of the peak
+    ``held`` is what the process holds besides the model; None: what this one does now. On a CPU within 9 % of the peak
     resident memory of the runs in docs/planning.md; not compared on a GPU yet."""
     device, heap = runtime.device.type, heap_factor(runtime)
     parameters, matrices = model.parameters_count(), _matrices(model) if config.optim.kind == "muon" else {}
