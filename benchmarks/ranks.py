@@ -36,7 +36,7 @@ from smalllm.speed.training import random_data
 from smalllm.training.trainer import Trainer
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="smolergpt-12m")
@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--paper", action="store_true", help="compute what larger machines would give")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words)
     if options.paper:
         return print(paper())
     config = load_recipe(options.recipe, options.settings)
@@ -59,18 +60,18 @@ def main() -> None:
     found: dict[int, list[dict[str, float]]] = {world: [] for world in options.worlds}
     for _ in range(options.repeats):
         for world, answers in found.items():
-            answers.append(one_turn(world))
+            answers.append(one_turn(world, words))
     figures = {world: summary(answers) for world, answers in found.items()}
     print(table(figures, config))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def one_turn(world: int) -> dict[str, float]:
+def one_turn(world: int, words: Sequence[str]) -> dict[str, float]:
     """So many ranks, started by torchrun with this script's own arguments."""
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     with tempfile.TemporaryDirectory(prefix="ranks-bench-") as folder:
-        command = [*agent, __file__, *sys.argv[1:], "--worker", folder]
+        command = [*agent, __file__, *words, "--worker", folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:

@@ -444,6 +444,7 @@ def _figures(text: str) -> dict[str, Any]:
         "tokens": 3,
         "bytes": 4,
         "documents": 5,
+        "leaks": None,
     }
     judged = {"count": 1, "model": text, "unreadable": 0, "grammar": 7.0}
     return numbers | {"stories": {"count": 1, "faults": {text: 1}, "name": text, "judge": judged}}
