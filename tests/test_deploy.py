@@ -3,6 +3,7 @@ machines that will not do; the protocol and the sentences by hand; deploy_vast.s
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import io
 import json
@@ -221,6 +222,13 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 # ── a machine: sshd on loopback ──
 
 
+def own_tmux(folder: Path) -> dict[str, str]:
+    """An environment whose tmux is another one than that of whoever runs the tests, perhaps in a tmux of theirs."""
+    return {name: value for name, value in os.environ.items() if name not in ("TMUX", "TMUX_PANE")} | {
+        "TMUX_TMPDIR": str(folder)
+    }
+
+
 @dataclass
 class Machine:
     """An sshd of our own, and what stands around it."""
@@ -245,8 +253,9 @@ class Machine:
         (self.folder / "authorized").write_text(f"{settings} {key}")
 
     def tmux(self, *words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "TMUX_TMPDIR": str(self.folder / "tmux")}
-        return subprocess.run(["tmux", *words], env=environment, capture_output=True, text=True, timeout=30)
+        return subprocess.run(
+            ["tmux", *words], env=own_tmux(self.folder / "tmux"), capture_output=True, text=True, timeout=30
+        )
 
     def calls(self) -> str:
         """The command lines of every ssh that was started."""
@@ -325,6 +334,7 @@ def machine(sshd: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     """The machine as it was, with nothing deployed, seen from a project folder; ssh is ours, pauses are short."""
     monkeypatch.setenv("PATH", f"{sshd.folder / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("TMUX", "/tmp/of-this-machine,1,0")  # must not get there
     monkeypatch.setattr(deploy, "LONGEST_PAUSE", 0.1)
     project = tmp_path / "project"
     project.mkdir()
@@ -332,6 +342,7 @@ def machine(sshd: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     (sshd.folder / "calls").write_text("")
     sshd.authorize({"TMUX_TMPDIR": str(sshd.folder / "tmux")})
     yield sshd
+    kill_all(sshd)
     sshd.tmux("kill-server")
     shutil.rmtree(sshd.there, ignore_errors=True)
 
@@ -529,15 +540,17 @@ def test_a_run_that_is_gone_is_launched_again(machine, trainer, checkout) -> Non
 
 def restart(machine: Machine) -> None:
     """Kill everything that runs there at once."""
-    server = machine.tmux("display-message", "-p", "#{pid}").stdout
+    server = int(machine.tmux("display-message", "-p", "#{pid}").stdout)
+    kill_all(machine, server)
+    os.kill(server, signal.SIGKILL)
+
+
+def kill_all(machine: Machine, but: int = 0) -> None:
+    """Kill what runs in the folder there."""
     for place in Path("/proc").glob("[0-9]*"):
-        try:
-            inside = place.joinpath("cwd").readlink() == machine.there
-        except OSError:
-            continue
-        if inside and place.name != server.strip():
-            os.kill(int(place.name), signal.SIGKILL)
-    os.kill(int(server), signal.SIGKILL)
+        with contextlib.suppress(OSError):  # it has ended, or is not ours
+            if place.joinpath("cwd").readlink() == machine.there and int(place.name) != but:
+                os.kill(int(place.name), signal.SIGKILL)
 
 
 def test_a_connection_that_breaks_while_pushing_is_tried_again(machine, trainer, capfd) -> None:
@@ -812,7 +825,7 @@ def rented(machine: Machine, checkout: Path, tmp_path: Path) -> Path:
 
 
 def deploy_vast(rented: Path, machine: Machine, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TMUX_TMPDIR": str(machine.folder / "tmux"), "OMP_NUM_THREADS": "1"}
+    environment = own_tmux(machine.folder / "tmux") | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         ["bash", rented / "deploy_vast.sh", *words], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         timeout=120,

@@ -218,8 +218,10 @@ FAILURES = (
 
 
 def _environment() -> dict[str, str]:
-    """The environment without what could be a secret: a line `SendEnv *` in somebody's ssh_config must not tell it."""
-    return {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    """The environment without what could be a secret, and without the name of this machine's tmux: a line `SendEnv *` in
+    somebody's ssh_config must not tell the one, nor lead tmux astray there."""
+    kept = (name for name in os.environ if not SECRET.search(name) and not name.startswith("TMUX"))
+    return {name: os.environ[name] for name in kept}
 
 
 class Patience:
