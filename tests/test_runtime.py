@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,3 +224,14 @@ def test_a_micro_batch_that_was_asked_for_is_kept():
     fit = fit_memory(model, Runtime(CPU, "fp32"), budget(0.0, micro_batch=64))
     assert (fit.micro_batch, fit.recompute) == (64, False)
     assert fit_memory(model, Runtime(CPU, "fp32"), budget(0.0, micro_batch=64, recompute=True)).recompute
+
+
+def test_peak_memory_is_that_of_this_program_alone() -> None:
+    """Linux keeps ru_maxrss over exec: a small program that a large one starts would seem as large."""
+    ballast = bytearray(b"x") * 400_000_000
+    code = "from smalllm import hardware; import torch; print(hardware.peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    cpu = torch.device("cpu")
+    assert hardware.peak_memory(cpu) > len(ballast)
+    if Path("/proc/self/status").exists():
+        assert 5e7 < int(done.stdout) < hardware.peak_memory(cpu) - 1e8

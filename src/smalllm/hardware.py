@@ -79,8 +79,21 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    if (peak := _resident_peak()) is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _resident_peak() -> int | None:
+    """Of this program alone, in bytes, where there is /proc. Linux keeps ru_maxrss over exec, so that a small program started
+    by a large one would seem as large."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+([0-9]+) kB$", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
 
 
 def memory_now(device: torch.device) -> int:
