@@ -186,6 +186,20 @@ def test_no_line_is_lost_or_repeated_wherever_the_connection_is_cut(tmp_path: Pa
         assert heard == HEARD and mark.offset == len(LOG), cut
 
 
+def test_lines_shown_before_ctrl_c_are_not_shown_again(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def show(line: str) -> None:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(line)
+
+    mark = Mark(tmp_path / "mark", "place", born="now")
+    with pytest.raises(KeyboardInterrupt):
+        deploy._hear(io.BytesIO(b"+20\nstep1\nstep2\nstep3\n\n"), mark, show)
+    assert seen == ["step1", "step2"] and Mark.read(tmp_path / "mark", "place").offset == 12
+
+
 def test_ends_that_are_heard(tmp_path: Path) -> None:
     mark = Mark(tmp_path / "mark", "there")
     assert deploy._hear(io.BytesIO(frames(0, 9, b"=137\n")), mark, lambda line: None) == 137

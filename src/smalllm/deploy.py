@@ -611,10 +611,12 @@ def _hear(stream: IO[bytes], mark: Mark, show: Note) -> int | None:
         kind, rest = line[:1], line[1:].strip()
         if kind == b"+" and rest.isdigit():
             *whole, pending = (pending + stream.read(int(rest))).split(b"\n")
-            for said in whole:
-                show(plain(said.decode("utf-8", "replace")))
-                mark.offset += len(said) + 1
-            mark.write()
+            try:
+                for said in whole:
+                    show(plain(said.decode("utf-8", "replace")))
+                    mark.offset += len(said) + 1
+            finally:  # Ctrl-C among them: those that were shown are not shown again
+                mark.write()
         elif kind == b"=" and rest.isdigit() and line.endswith(b"\n"):
             if pending:
                 show(plain(pending.decode("utf-8", "replace")))
