@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from smalllm.config import UserError
+from smalllm.config import RunConfig, UserError
+from smalllm.training.trainer import train
 
 Work = Callable[[], Any]
 
@@ -73,3 +74,11 @@ class Group:
     def said(self, rank: int) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads((self.folder / f"{rank}.json").read_text())
         return answer
+
+
+def run_ranks(world: int, config: RunConfig, run: Path) -> None:
+    """A run, or the rest of it, by so many ranks; all of them must end well, with one figure."""
+    group = Group(world, lambda: train(config, run).valid_bits_per_byte, run.parent / f"{run.name}-said")
+    codes = group.end(120)
+    assert codes == [0] * world, f"{codes}: {[group.said(rank) for rank in range(world) if codes[rank] == 1]}"
+    assert len({group.said(rank)["result"] for rank in range(world)}) == 1, "ranks disagree about the final figure"

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -384,3 +385,13 @@ def test_our_server_is_measured(random_run, tmp_path: Path, capsys: pytest.Captu
     assert "| smalllm | streamed |" in told and len(figures["first"]["smalllm"]) == 2
     assert figures["crowd"]["smalllm"]["whole"] == 9 and figures["leave"]["smalllm"][0] < 5.0
     assert figures["crowd"]["smalllm"]["peak"] >= figures["crowd"]["smalllm"]["before"] > 1e7
+
+
+def test_ranks_correlate_as_spearman_has_it():
+    """Worked by hand: 1 - 6 sum d^2 / (n (n^2 - 1)) without ties."""
+    spearman = load("scorecard").spearman
+    order = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert spearman(order, order**3) == pytest.approx(1.0) and spearman(-order, order) == pytest.approx(-1.0)
+    assert spearman(np.array([2.0, 1.0, 4.0, 3.0, 5.0]), order) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    assert spearman(np.zeros(5), order) == 0.0
+    assert spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(0.75**0.5)

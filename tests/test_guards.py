@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from smalllm.data.batches import Batches
 from smalllm.data.shards import TokenDataset
 from smalllm.metrics import read_records
 from smalllm.reliability.promises import Recorder, replaced
-from smalllm.training.guards import WINDOW, SpikeGuard, gradient_norms
+from smalllm.training.guards import WINDOW, SpikeGuard, gradient_norms, signals
 from smalllm.training.trainer import Trainer, TrainingFailure, train
 
 
@@ -156,3 +159,15 @@ def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     folder.lock(warn=notes.note)
     assert "cannot be locked (Operation not supported)" in notes.notes[0] and not folder.is_locked()
     folder.unlock()
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_second_signal_ends_at_once_unless_it_is_an_echo(echo: bool) -> None:
+    heard: list[int] = []
+    twice = contextlib.nullcontext() if echo else pytest.raises(KeyboardInterrupt)
+    with twice, signals(heard.append, echo):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    assert heard == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

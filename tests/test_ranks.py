@@ -9,20 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranked import Group
+from ranked import Group, run_ranks
 
 from smalllm.checkpoint import RunFolder
-from smalllm.config import RunConfig, UserError, parse_config
+from smalllm.config import UserError, parse_config
 from smalllm.metrics import read_records
 from smalllm.model import GPT
 from smalllm.ranks import ALONE, RankLost, Ranks, joined
 from smalllm.reliability.promises import check_same, make_data, settings
-from smalllm.runtime import Runtime, fit_memory, make_runtime, step_memory
+from smalllm.runtime import Runtime, fit_memory, make_runtime, seed_everything, step_memory
 from smalllm.training.setting_out import divisible
 from smalllm.training.trainer import Trainer, TrainingFailure, train
 
@@ -34,16 +36,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def run_ranks(world: int, config: RunConfig, run: Path, **options: Any) -> None:
-    """A run by so many ranks, to its end."""
-
-    def work() -> float:
-        return train(config, run, **options).valid_bits_per_byte
-
-    group = Group(world, work, run.parent / f"{run.name}-said")
-    codes = group.end(120)
-    assert codes == [0] * world, [group.said(rank) for rank in range(world)]
-    assert len({group.said(rank)["result"] for rank in range(world)}) == 1, "ranks disagree about the final figure"
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 def losses(run: Path) -> list[float]:
@@ -125,9 +122,7 @@ def test_the_others_end_when_a_rank_is_killed_and_the_run_goes_on_exactly(rank: 
     run = tmp_path / "run"
     run.parent.mkdir(exist_ok=True)
     group = Group(2, lambda: train(config, run).step, tmp_path / "killed")
-    ends = time.monotonic() + 60
-    while (RunFolder(run).newest_step() or 0) < 40 and time.monotonic() < ends:
-        time.sleep(0.01)
+    wait_for(lambda: (RunFolder(run).newest_step() or 0) >= 40)
     os.kill(group.pids[rank], signal.SIGKILL)
     began = time.monotonic()
     codes = group.end(60)
@@ -144,13 +139,46 @@ def test_a_signal_to_one_rank_saves_and_ends_all(data: Path, tmp_path: Path):
     config = settings(data, steps=100_000, micro_batch=4, checkpoint_every=0, evaluate_every=100_000)
     run = tmp_path / "run"
     group = Group(2, lambda: train(config, run).stopped_because, tmp_path / "said")
-    ends = time.monotonic() + 60
-    while not RunFolder(run).metrics_file.exists() and time.monotonic() < ends:
-        time.sleep(0.01)
+    wait_for(RunFolder(run).metrics_file.exists)
     os.kill(group.pids[1], signal.SIGTERM)
     assert group.end() == [0, 0]
     assert group.said(0)["result"] == group.said(1)["result"] == "SIGTERM"
     assert RunFolder(run).newest_step() == losses(run).__len__() > 0
+
+
+def test_a_rank_that_hangs_is_given_up(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("smalllm.ranks.PATIENCE", timedelta(seconds=3))
+    config = settings(data, steps=100_000, micro_batch=4, checkpoint_every=0, evaluate_every=100_000)
+    group = Group(2, lambda: train(config, tmp_path / "run").step, tmp_path / "said")
+    wait_for(RunFolder(tmp_path / "run").metrics_file.exists)
+    os.kill(group.pids[1], signal.SIGSTOP)
+    began = time.monotonic()
+    while (done := os.waitpid(group.pids[0], os.WNOHANG))[0] == 0 and time.monotonic() < began + 30:
+        time.sleep(0.05)
+    os.kill(group.pids[1], signal.SIGKILL)
+    os.waitpid(group.pids[1], 0)
+    assert os.waitstatus_to_exitcode(done[1]) == RankLost.exit_code
+    assert "rank 0 of 2 lost the others" in group.said(0)["error"]
+
+
+def test_each_rank_draws_its_own_dropout(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[tuple[int, ...]] = []
+
+    def note(*parts: int) -> int:
+        drawn.append(parts)
+        return seed_everything(*parts)
+
+    monkeypatch.setattr("smalllm.training.trainer.seed_everything", note)
+    config = settings(data, "dropout", steps=2, micro_batch=2, evaluate_every=100, sample_tokens=0)
+
+    def work() -> Any:
+        train(config, tmp_path / "run")
+        return drawn
+
+    group = Group(2, work, tmp_path / "said")
+    assert group.end() == [0, 0]
+    here, there = ({tuple(parts) for parts in group.said(rank)["result"] if len(parts) > 1} for rank in range(2))
+    assert len(here) == len(there) == 4 and not here & there
 
 
 # ── refused at the start ──
@@ -312,6 +340,31 @@ def test_gpus_starts_ranks_and_an_error_is_one_sentence(data: Path, tmp_path: Pa
         "error: train.batch_tokens = 32 is 1 rows of model.context = 32, which 2 ranks cannot share; set train.batch_tokens to a"
         " multiple of 64"
     ]
+
+
+def test_ctrl_c_in_the_terminal_saves_once(data: Path, tmp_path: Path):
+    """It reaches torchrun's agent and every rank, and the agent repeats it: still the first one, which saves."""
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(
+        settings(data, steps=100_000, micro_batch=2, checkpoint_every=0, evaluate_every=100_000).to_toml()
+    )
+    command = [sys.executable, "-m", "smalllm", "train", str(recipe), "--gpus", "2", "--out", str(tmp_path / "run")]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(RunFolder(tmp_path / "run").metrics_file.exists)
+        os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(60)
+    finally:
+        process.kill()
+    said = (tmp_path / "log").read_text()
+    assert code == 130 and "Traceback" not in said, said[-2000:]
+    assert RunFolder(tmp_path / "run").newest_step() == len(losses(tmp_path / "run")) > 0
+
+
+def test_half_of_torchruns_environment_is_refused(tmp_path: Path):
+    done = smalllm("train", "--out", str(tmp_path / "run"), env=os.environ | {"WORLD_SIZE": "2"}, cwd=tmp_path)
+    assert done.returncode == 1 and "WORLD_SIZE = 2 is set and RANK, LOCAL_RANK" in done.stderr
 
 
 def test_more_gpus_than_there_are(tmp_path: Path):

@@ -1,5 +1,5 @@
 """What makers publish about cards that a run may be planned for: memory, bandwidth, arithmetic. Nothing here was measured by
-this project.
+this project, and the sources were not looked up again when the table was written.
 
 Peaks are those of dense matrix products in 16-bit inputs with sums in float32, without sparsity; of Apple's, which train
 in float32 here, those of float32. Where a maker prints only float32, the peak of a GeForce is twice that: the ratio in

@@ -239,7 +239,7 @@ def evaluate_run(run: LoadedRun, *, text: str | None = None, limit: int | None =
 
 def training_leaks(run: LoadedRun, texts: Sequence[str]) -> dict[str, Any] | None:
     """Which texts stand in the training data of a run, word for word or nearly, as ``data.shards.LeakRecord`` says it; None
-    where the run has no data or it is gone. Some 4 s for the most that is compared."""
+    where the run has no data or it is gone. 500 texts and the most that is compared took 3.4 s."""
     try:
         return audit(run.folder.data(), [text.encode() for text in texts], most_bytes=LEAK_BYTES).model_dump()
     except UserError:

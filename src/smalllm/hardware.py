@@ -36,7 +36,7 @@ def pick_device(wish: str = "auto") -> torch.device:
 
 def gpu_count() -> int:
     """CUDA devices that PyTorch can use."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count()
 
 
 def device_name(device: torch.device) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -23,7 +22,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from smalllm.data.shards import Record, TokenDataset
+from smalllm.data.shards import Record, TokenDataset, within
 from smalllm.files import FileSystem
 from smalllm.untrusted import content
 
@@ -99,8 +98,8 @@ def measure(dataset: TokenDataset) -> Floors:
     tokenizer = dataset.tokenizer()
     sizes = np.array([len(tokenizer.bytes_of(id)) for id in range(tokenizer.vocab_size)])
     train, valid = (
-        _first(dataset.train.iterate_documents(), TRAIN_TOKENS),
-        _first(dataset.valid.iterate_documents(), VALID_TOKENS),
+        list(within(dataset.train.iterate_documents(), TRAIN_TOKENS)),
+        list(within(dataset.valid.iterate_documents(), VALID_TOKENS)),
     )
     counts = NGrams(np.concatenate(train), max(ORDERS.values()), dataset.manifest.vocab_size, dataset.manifest.bos_id)
     stream = np.concatenate(valid)
@@ -220,18 +219,6 @@ def _tokens_since(bos: int, stream: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(stream == bos)
     assert len(starts) and starts[0] == 0
     return np.arange(len(stream)) - np.repeat(starts, np.diff(np.append(starts, len(stream))))
-
-
-def _first(documents: Iterable[np.ndarray], tokens: int) -> list[np.ndarray]:
-    """The first documents, up to so many tokens; at least one."""
-    found: list[np.ndarray] = []
-    total = 0
-    for document in documents:
-        total += len(document)
-        if found and total > tokens:
-            break
-        found.append(document)
-    return found
 
 
 def _read(path: Path, key: dict[str, Any]) -> Floors | None:

@@ -17,19 +17,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smalllm.config import UserError
 
-Parallel = Literal["ddp", "fsdp"]
 PATIENCE = timedelta(minutes=5)
 """How long a rank waits in an exchange for one that is alive and silent. One that is dead is noticed at once."""
 LONG_JOB = timedelta(days=2)
 """How long the others wait while one rank prepares data."""
-LOST = re.compile(r"gloo|nccl|socket|connection|store|rank \d+|process ?group|peer", re.IGNORECASE)
+LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|process ?group|timed out", re.IGNORECASE)
+"""What torch says when an exchange fails; besides its DistError and kin, since gloo's errors have no class of their own."""
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells its ranks."""
 
 
 class RankLost(UserError):
@@ -147,7 +149,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.lone or not LOST.search(str(error)):
+            if self.lone or not (type(error).__name__.startswith("Dist") or LOST.search(str(error))):
                 raise
             raise RankLost(
                 f"rank {self.rank} of {self.world} lost the others ({_short(error)}); what ended them stands above. The last"
@@ -281,7 +283,12 @@ def joined() -> Iterator[Ranks]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    numbers = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    if absent := [name for name in ENVIRONMENT if not os.environ.get(name)]:
+        raise UserError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']} is set and {', '.join(absent)} not: start ranks with torchrun or --gpus, or"
+            " unset WORLD_SIZE"
+        )
+    numbers = {name: int(os.environ[name]) for name in ENVIRONMENT[:4]}
     if torch.cuda.is_available():
         torch.cuda.set_device(numbers["LOCAL_RANK"] % torch.cuda.device_count())
     try:
@@ -290,7 +297,7 @@ def joined() -> Iterator[Ranks]:
         store = PrefixStore(attempt, store)  # torchrun's store outlives the ranks, and holds what the dead ones said
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {numbers['RANK']} of {numbers['WORLD_SIZE']} cannot meet the others ({_short(error)}); check that every machine"
             " runs the same torchrun command and reaches the address of --rdzv-endpoint"

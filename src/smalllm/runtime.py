@@ -67,9 +67,9 @@ def make_runtime(device: str = "auto", precision: str = "auto", ranks: Ranks = A
     Each rank of a machine gets a GPU of its own; UserError when there are too few."""
     chosen = hardware.pick_device(device)
     if not ranks.lone and chosen.type == "cuda":
-        if chosen.index is not None or ranks.local_world > torch.cuda.device_count():
+        if chosen.index is not None or ranks.local_world > hardware.gpu_count():
             raise UserError(
-                f"train.device = {device} and {ranks.local_world} ranks on this machine with {torch.cuda.device_count()} GPUs:"
+                f"train.device = {device} and {ranks.local_world} ranks on this machine with {hardware.gpu_count()} GPUs:"
                 " start as many ranks as GPUs, with device=cuda or auto"
             )
         chosen = torch.device("cuda", ranks.local)

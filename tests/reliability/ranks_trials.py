@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ranked import Group
+from ranked import Group, run_ranks
 
 import smalllm
 from smalllm.checkpoint import RunFolder
@@ -29,13 +29,6 @@ STEPS = 60
 
 def run_settings(given: Path, kind: str) -> RunConfig:
     return settings(given / "data", steps=STEPS, micro_batch=2, checkpoint_every=5, parallel=kind)
-
-
-def run_ranks(world: int, config: RunConfig, run: Path) -> None:
-    """A run, or the rest of it, by so many ranks."""
-    group = Group(world, lambda: train(config, run).step, run.parent / f"{run.name}-said")
-    codes = group.end(100)
-    assert codes == [0] * world, f"{codes}: {[group.said(rank) for rank in range(world) if codes[rank] == 1]}"
 
 
 def make_straight(given: Path) -> None:

@@ -127,7 +127,7 @@ def measure(config: RunConfig, seconds: float) -> Speed:
     """Tokens per second of the trainer's own steps: the median, the slowest and the fastest."""
     build.begin("kernels")
     from smalllm.planner import Speed
-    from smalllm.speed.training import STEPS, TrainingBench
+    from smalllm.speed.training import TrainingBench
 
     print(f"measuring {config.name} for {seconds:g} s", file=sys.stderr)
     with (
@@ -135,8 +135,7 @@ def measure(config: RunConfig, seconds: float) -> Speed:
         closing(TrainingBench(config, Path(folder), Silence())) as bench,
     ):
         bench.step()
-        alone, _ = bench.step()
-        bench.take(max(1, min(bench.recipe_micro_batches, int(seconds / (STEPS * alone)))))
+        bench.fill(seconds)
         rates, _ = bench.measure(seconds)
     return Speed(median(rates), min(rates), max(rates), "measured")
 

@@ -14,13 +14,13 @@ documents stream by, a megabyte at a time. The record says how many of both were
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from smalllm.data.shards import LeakRecord, PairRecord, TokenDataset, TokenSplit
+from smalllm.data.shards import LeakRecord, PairRecord, TokenDataset, TokenSplit, within
 
 SHINGLE_WORDS = 5
 THRESHOLD = 0.8
@@ -84,7 +84,7 @@ class Auditor:
     ) -> None:
         assert 0.0 < threshold <= 1.0
         self._text, self._threshold, self._left = text, threshold, most_bytes
-        self._count = _affordable(text, count)
+        self._count = sum(1 for _ in compared(map(text, range(count))))
         self._hasher = ShingleHasher(seed)
         self._signatures = np.concatenate([np.empty((0, BINS), np.uint32), *self._valid_signatures()])
         self._index = _Bands(self._signatures)
@@ -315,14 +315,9 @@ def scrambled(numbers: np.ndarray) -> np.ndarray:
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
-def _affordable(text: Callable[[int], bytes], count: int) -> int:
-    """How many of the first validation documents are compared."""
-    size = 0
-    for number in range(min(count, MOST_VALID)):
-        size += len(text(number))
-        if size > MOST_VALID_BYTES and number:
-            return number
-    return min(count, MOST_VALID)
+def compared(texts: Iterable[bytes]) -> Iterator[bytes]:
+    """The first validation documents, as many as are compared with training."""
+    return islice(within(texts, MOST_VALID_BYTES), MOST_VALID)
 
 
 def _letters(text: bytes) -> bytes:

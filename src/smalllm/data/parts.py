@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import Field
 
 from smalllm.config import UserError
-from smalllm.data.duplicates import MOST_VALID, MOST_VALID_BYTES, Auditor
+from smalllm.data.duplicates import Auditor, compared
 from smalllm.data.shards import (
     TOKENIZER,
     Count,
@@ -153,7 +153,7 @@ def merge(folder: Path, part: Part, tokenizer: Tokenizer, audit_bytes: int) -> t
     train, valid = _in_turns([made.train for made in parts]), _merge_valid(folder, parts, pieces)
     manifest = Manifest(**common, train=train, valid=valid)
     stored = TokenSplit("valid", folder, valid, manifest).iterate_documents()
-    leaks = _audit(folder, parts, compared_texts(_text(ids, pieces) for ids in stored), pieces, audit_bytes)
+    leaks = _audit(folder, parts, list(compared(_text(ids, pieces) for ids in stored)), pieces, audit_bytes)
     manifest = manifest.model_copy(update={"leaks": leaks})
     left_out = sum(made.duplicates + made.valid.documents for made in parts) - valid.documents
     manifest.save(folder)
@@ -217,20 +217,6 @@ def _merge_valid(folder: Path, parts: Sequence[PartManifest], pieces: Sequence[b
     return SplitRecord(
         documents=len(once), tokens=tokens, text_bytes=size, text_sha256=digest.hexdigest(), shards=shards
     )
-
-
-def compared_texts(texts: Iterator[bytes]) -> list[bytes]:
-    """The first validation documents, as many as an audit compares with training."""
-    found: list[bytes] = []
-    size = 0
-    for text in texts:
-        size += len(text)
-        if found and size > MOST_VALID_BYTES:
-            break
-        found.append(text)
-        if len(found) == MOST_VALID:
-            break
-    return found
 
 
 def _audit(

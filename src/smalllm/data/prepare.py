@@ -32,8 +32,8 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from smalllm.config import UserError
-from smalllm.data.duplicates import Auditor
-from smalllm.data.parts import Part, PartManifest, clear, compared_texts, merge, tidy
+from smalllm.data.duplicates import Auditor, compared
+from smalllm.data.parts import Part, PartManifest, clear, merge, tidy
 from smalllm.data.shards import (
     MANIFEST,
     TOKENIZER,
@@ -585,7 +585,7 @@ def _make(
         empty = _fill(corpus, sources, held_out, settings, clock)
         tokenizer = given or _learn(corpus, settings.vocab_size, clock)
         tokenizer.save(folder / TOKENIZER)
-        texts = compared_texts(corpus.valid())
+        texts = list(compared(corpus.valid()))
         encoder = _Encoder(folder, corpus, tokenizer, threads, clock)
         auditor = Auditor(texts.__getitem__, len(texts), seed=settings.seed, most_bytes=AUDIT_BYTES)
         manifest = Manifest(

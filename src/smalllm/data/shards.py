@@ -17,11 +17,11 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -334,6 +334,23 @@ class TokenDataset:
         if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
             raise UserError(f"{self.folder / TOKENIZER} is not the tokenizer that made this dataset; {REMAKE}")
         return tokenizer
+
+
+Item = TypeVar("Item", bound=Sized)
+
+
+def within(items: Iterable[Item], most: int) -> Iterator[Item]:
+    """The first items whose lengths add up to at most so much; one at least.
+
+    >>> list(within(["abc", "de", "f"], 5)), list(within(["abcdef", "g"], 5))
+    (['abc', 'de'], ['abcdef'])
+    """
+    size = 0
+    for number, item in enumerate(items):
+        size += len(item)
+        if number and size > most:
+            return
+        yield item
 
 
 class ShardWriter:

@@ -72,9 +72,8 @@ class TrainingBench:
         hardware.forget_peak_memory(device)
         self.step()
         first_step_seconds = round(time.monotonic() - self.started, 3)
-        alone, _ = self.step()
+        self.fill(seconds)
         memory_bytes = hardware.peak_memory(device)  # before ``peak_flops`` adds its own matrices
-        self.take(max(1, min(self.recipe_micro_batches, int(seconds / (STEPS * alone)))))
         rates, peaks = self.measure(seconds)
         rate, peak, cost = median(rates), median(peaks), self.trainer.model.flops_per_token()
         mfu = model_flops_utilization(rate, cost, peak)
@@ -112,6 +111,11 @@ class TrainingBench:
         )
         trainer.prefetch.close()
         trainer.prefetch = Prefetch(trainer.batches, pin=trainer.runtime.device.type == "cuda")
+
+    def fill(self, seconds: float) -> None:
+        """Take one more step, and make the next ones as large as lets ``STEPS`` of them fit into the time."""
+        alone, _ = self.step()
+        self.take(max(1, min(self.recipe_micro_batches, int(seconds / (STEPS * alone)))))
 
     def close(self) -> None:
         """End the threads that make batches and save."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from smalllm.config import TrainConfig
-from smalllm.data.shards import TokenDataset
+from smalllm.data.shards import TokenDataset, within
 from smalllm.evaluation import Evaluation, score_documents, summarize
 from smalllm.model import GPT
 from smalllm.ranks import Ranks
@@ -34,14 +34,7 @@ def affordable_tokens(train: TrainConfig, plan: Plan) -> int:
 
 def first_documents(dataset: TokenDataset, tokens: int) -> list[np.ndarray]:
     """The first validation documents, up to so many tokens; at least one."""
-    found: list[np.ndarray] = []
-    total = 0
-    for document in dataset.valid.iterate_documents():
-        total += len(document)
-        if found and total > tokens:
-            break
-        found.append(document.astype(np.int64))
-    return found
+    return [document.astype(np.int64) for document in within(dataset.valid.iterate_documents(), tokens)]
 
 
 def score_together(
