@@ -186,18 +186,43 @@ def test_no_line_is_lost_or_repeated_wherever_the_connection_is_cut(tmp_path: Pa
         assert heard == HEARD and mark.offset == len(LOG), cut
 
 
-def test_lines_shown_before_ctrl_c_are_not_shown_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["shown", "marked"])
+def test_lines_shown_before_ctrl_c_are_not_shown_again(when: str, tmp_path: Path, monkeypatch) -> None:
     seen: list[str] = []
 
     def show(line: str) -> None:
-        if len(seen) == 2:
-            raise KeyboardInterrupt
         seen.append(line)
+        if when == "shown" and len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
 
+    def write(mark: Mark) -> None:
+        signal.raise_signal(signal.SIGINT)
+        kept(mark)
+
+    kept = Mark.write
+    if when == "marked":
+        monkeypatch.setattr(Mark, "write", write)
     mark = Mark(tmp_path / "mark", "place", born="now")
     with pytest.raises(KeyboardInterrupt):
-        deploy._hear(io.BytesIO(b"+20\nstep1\nstep2\nstep3\n\n"), mark, show)
-    assert seen == ["step1", "step2"] and Mark.read(tmp_path / "mark", "place").offset == 12
+        deploy._hear(io.BytesIO(b"+20\nstep1\nstep2\nstep3\n.."), mark, show)
+    assert len(seen) == {"shown": 2, "marked": 3}[when]
+    assert Mark.read(tmp_path / "mark", "place").offset == 6 * len(seen)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), deploy.postponed(signal.SIGINT) as came:
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second signal was postponed")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deploy.postponed(signal.SIGINT) as came:
+            signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ends_that_are_heard(tmp_path: Path) -> None:

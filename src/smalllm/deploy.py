@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -611,21 +612,43 @@ def _hear(stream: IO[bytes], mark: Mark, show: Note) -> int | None:
         kind, rest = line[:1], line[1:].strip()
         if kind == b"+" and rest.isdigit():
             *whole, pending = (pending + stream.read(int(rest))).split(b"\n")
-            try:
-                for said in whole:
-                    show(plain(said.decode("utf-8", "replace")))
-                    mark.offset += len(said) + 1
-            finally:  # Ctrl-C among them: those that were shown are not shown again
-                mark.write()
+            _tell(whole, 1, mark, show)
         elif kind == b"=" and rest.isdigit() and line.endswith(b"\n"):
             if pending:
-                show(plain(pending.decode("utf-8", "replace")))
-                mark.offset += len(pending)
-                mark.write()
+                _tell([pending], 0, mark, show)
             return int(rest)
         elif kind == b"?":
             return None
     raise EOFError
+
+
+def _tell(lines: list[bytes], end: int, mark: Mark, show: Note) -> None:
+    """Show lines, each with an end of so many bytes, and mark them as shown, whenever Ctrl-C comes."""
+    with postponed(signal.SIGINT) as came:
+        for line in lines:
+            show(plain(line.decode("utf-8", "replace")))
+            mark.offset += len(line) + end
+            if came:
+                break
+        mark.write()
+
+
+@contextlib.contextmanager
+def postponed(number: signal.Signals) -> Iterator[list[int]]:
+    """A signal takes effect when the block ends; a second one at once. The list is not empty any more when it has come."""
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        signal.signal(number, before)
+
+    before = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        signal.signal(number, before)
+    if came:
+        signal.raise_signal(number)
 
 
 def _gibibytes(count: int) -> str:
