@@ -21,7 +21,7 @@ ORDER = [
     "decoder", "generation", "evaluation",
     "judging.comparison", "judging.sides", "judging.contest", "judging.novelty", "judging.characters", "judging.scorecard", "judging.judge", "judging.minimal_pairs", "judging.harness",
     "preflight",
-    "training.schedule", "training.state", "training.optimizer", "training.objectives", "training.guards", "training.alarm", "training.saver", "training.validation", "training.setting_out", "training.past", "training.trainer",
+    "training.schedule", "training.state", "training.optimizer", "training.objectives", "training.guards", "training.alarm", "training.saver", "training.validation", "training.verify", "training.setting_out", "training.past", "training.trainer",
     "cards", "planner", "forecast",
     "export.destination", "export.card", "export.names", "export.pieces", "export.huggingface_config", "export.fast_tokenizer", "export.huggingface", "export.gguf", "export.llamacpp", "export.certificate", "export.hub", "export.llama2c", "export.html",
     "reliability.trials", "reliability.disks", "reliability.promises",

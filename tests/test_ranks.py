@@ -22,7 +22,7 @@ from smalllm.checkpoint import RunFolder
 from smalllm.config import UserError, parse_config
 from smalllm.metrics import read_records
 from smalllm.model import GPT
-from smalllm.ranks import ALONE, RankLost, Ranks, joined
+from smalllm.ranks import ALONE, RankLost, Ranks, joined, local
 from smalllm.reliability.promises import check_same, make_data, settings
 from smalllm.runtime import Runtime, fit_memory, make_runtime, seed_everything, step_memory
 from smalllm.training.setting_out import divisible
@@ -110,6 +110,33 @@ def test_a_budget_of_minutes_ends_all_ranks_at_one_step(data: Path, tmp_path: Pa
     config = settings(data, steps=0, minutes=0.05, micro_batch=2)
     run_ranks(2, config, tmp_path / "run")
     assert RunFolder(tmp_path / "run").newest_step() == len(losses(tmp_path / "run")) > 0
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_errs_at_one_rank_ends_all(parallel: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``train.verify_every`` changes nothing of a sound run, and each rank looks at its own memory."""
+    config = settings(data, steps=6, micro_batch=2, parallel=parallel)
+    run_ranks(2, config, tmp_path / "plain")
+    config = config.replace(train={"verify_every": 2})
+    run_ranks(2, config, tmp_path / "verified")
+    assert losses(tmp_path / "verified") == losses(tmp_path / "plain")
+
+    def erring(trainer: Trainer) -> None:
+        log(trainer)
+        if trainer.ranks.rank == 1 and trainer.state.step == 3:
+            with torch.no_grad():
+                local(trainer.model.embedding.weight)[1, 1] *= -1.0
+
+    log = Trainer.log
+    monkeypatch.setattr(Trainer, "log", erring)
+    group = Group(2, lambda: train(config, tmp_path / "erring").step, tmp_path / "said")
+    assert group.end() == [1, 1]
+    said = [group.said(rank)["error"] for rank in range(2)]
+    assert "something else has changed embedding.weight: the processor or its memory errs" in said[1]
+    assert "something else has changed another rank" in said[0] and RunFolder(tmp_path / "erring").newest_step() in (
+        None,
+        3,
+    )
 
 
 # ── the same bits after a loss ──

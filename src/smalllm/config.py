@@ -218,6 +218,12 @@ class TrainConfig(Section):
         description="leave out updates whose loss or gradient norm is so many standard deviations above the mean of the last"
         " 128, and go back to the last checkpoint after ten in a row; 0: never",
     )
+    verify_every: int = Field(
+        0,
+        ge=0,
+        description="compute the gradient of every so many steps twice, and compare weights and optimizer state between all"
+        " updates, to notice memory and processors that err; 0: never",
+    )
     memory_gb: float = Field(
         0.0,
         ge=0.0,
@@ -378,6 +384,7 @@ RESUME: dict[str, Literal["free", "force", "fixed"]] = {
         "train.micro_batch", "train.recompute", "train.compile", "train.parallel", "train.log_every", "train.evaluate_every",
         "train.checkpoint_every", "train.keep", "train.milestones", "train.patience", "train.memory_gb", "train.device",
         "train.sample_prompt", "train.sample_tokens", "train.preflight", "train.track", "train.spike_sigmas",
+        "train.verify_every",
     ), "free"),
     **dict.fromkeys((
         "seed", "data.packing", "model.dropout", "train.batch_tokens", "train.precision", "train.evaluate_tokens",

@@ -22,7 +22,17 @@ from smalllm.config import UserError
 from smalllm.files import FileSystem
 from smalllm.metrics import read_records
 from smalllm.reliability import promises
-from smalllm.reliability.promises import Recorder, check_same, in_child, make_data, replaced, settings, straight, train
+from smalllm.reliability.promises import (
+    STEPS,
+    Recorder,
+    check_same,
+    in_child,
+    make_data,
+    replaced,
+    settings,
+    straight,
+    train,
+)
 from smalllm.reliability.trials import Trial
 from smalllm.training import trainer as trainer_module
 from smalllm.training.guards import WINDOW
@@ -36,6 +46,13 @@ def make_straight(given: Path) -> None:
     """Data, and the run to which nothing happens."""
     make_data(given)
     train(settings(given / "data"), straight(given, "plain"))
+
+
+def make_all_straight(given: Path) -> None:
+    """The same for every configuration."""
+    make_data(given)
+    for name in NAMES:
+        train(settings(given / "data", name), straight(given, name))
 
 
 # ── T6: all checkpoints damaged ──
@@ -394,6 +411,60 @@ def overflows(number: int, folder: Path, given: Path) -> None:
     trainer.prefetch.close()
 
 
+# ── N9: bits that flip ──
+
+MOMENTS = ("accumulate", "log", "save", "validate")
+"""Calls of a trainer before which memory may err."""
+
+
+def flips(number: int, folder: Path, given: Path) -> None:
+    """One bit of a weight, of a moment or of a gradient flips while every step is verified: it is noticed before it gets into
+    an update or a checkpoint, and the run then goes on to the bits of the one to which nothing happened."""
+    chance, run = random.Random(number), folder / "run"
+    names = [name for name in NAMES if "minutes" not in name]  # twice the work is half as many steps
+    name, what = names[number % len(names)], chance.choice(("weight", "moment", "gradient"))
+    config = settings(given / "data", name, verify_every=1)
+    moment = "_accumulate" if what == "gradient" else chance.choice(MOMENTS)
+    at, original, flipped = chance.randrange(2, STEPS - 10), getattr(Trainer, moment), list[int]()
+
+    def erring(self: Trainer, *arguments: Any) -> Any:
+        hit = not flipped and self.state.step >= at
+        if hit and what != "gradient":
+            flipped.append(self.state.step)
+            tensors = {
+                "weight": list(self.model.parameters()),
+                "moment": [value for part in self.optimizer.parts for slots in part.state.values() for value in slots.values()],
+            }[what]  # fmt: skip
+            _flip(chance.choice(tensors), chance)
+        result = original(self, *arguments)
+        if hit and what == "gradient" and chance.random() < 0.5:  # else in the second of the two
+            flipped.append(self.state.step)
+            _flip(chance.choice([p.grad for p in self.model.parameters() if p.grad is not None]), chance)
+        return result
+
+    with replaced(Trainer, moment, erring):
+        try:
+            train(config, run)
+        except TrainingFailure as failure:
+            assert "the processor or its memory errs" in str(failure), failure
+        else:
+            raise AssertionError(f"nobody noticed that a {what} changed before {moment} of step {flipped}")
+    assert (RunFolder(run).newest_step() or 0) <= flipped[0]
+    train(config, run)
+    check_same(run, straight(given, name))
+
+
+@torch.no_grad()
+def _flip(tensor: torch.Tensor, chance: random.Random) -> None:
+    """Any bit of any element."""
+    size = tensor.element_size()
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    bits = tensor.detach().view(kind).view(-1)
+    bits[chance.randrange(bits.numel())] ^= (
+        torch.tensor(1, dtype=torch.int64).bitwise_left_shift(chance.randrange(8 * size)).to(kind)
+    )
+
+
 # ── T18: trackers ──
 
 
@@ -452,5 +523,6 @@ TRIALS = [
     Trial("T4b", "a disk without room is refused before the first step", no_room, 1, 5, make_data),
     Trial("N1", "what is not finite never reaches weights or moments", poisoned, 8, 24, make_data),
     Trial("N2", "spikes are left out, ten in a row lead back; exact under kills", spikes, 3, 50, make_data),
+    Trial("N9", "a bit that flips in memory is noticed before it is learned or saved", flips, 8, 200, make_all_straight),
     Trial("N3", "an overflow in fp16 repeats the step with a smaller scale", overflows, 4, 50, make_data, together=4),
 ]  # fmt: skip

@@ -64,6 +64,7 @@ from smalllm.training.schedule import Plan, lr_fraction
 from smalllm.training.setting_out import common_facts, divisible, open_data, settled
 from smalllm.training.state import UNPLANNED, State, Summary
 from smalllm.training.validation import EVALUATIONS, FINAL_TOKENS, affordable_tokens, first_documents, score_together
+from smalllm.training.verify import Verifier, differing
 
 SKIPS_IN_A_ROW = 10
 ROLLBACKS = 3
@@ -120,6 +121,7 @@ class Trainer:
         self.model.recompute = bool(ranks.most(fit.recompute)[0])
         self.state = State(plan=Plan(train.steps or UNPLANNED))
         self.spikes = SpikeGuard(train.spike_sigmas)
+        self.verifier = Verifier(train.verify_every, self.model, self.optimizer)
         self.floors: Floors | None = None
         self.alarm = self.make_alarm()
         self.log_file = MetricsLog(folder.metrics_file, folder.files)
@@ -159,12 +161,12 @@ class Trainer:
         state, train_start = self.state, self.clock()
         lr = self.optimizer.set_lr(lr_fraction(self.config.optim, state.step, state.plan.progress(state.step)))
         tokens = self.batches.tokens(self.data_step)
-        loss = self.accumulate(tokens)
+        loss = self.gradient(tokens)
         norm = self.unscaled_norm()
         while self.scaler is not None and not math.isfinite(norm) and self.scaler.get_scale() > 1.0:
             self.scaler.update()  # fp16 overflowed: the same step again with a smaller scale, so nothing is lost
             self.optimizer.zero_grad()
-            loss = self.accumulate(tokens)
+            loss = self.gradient(tokens)
             norm = self.unscaled_norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skip(loss, norm)
@@ -173,6 +175,7 @@ class Trainer:
         else:
             self.clip(norm)
             self.optimizer.step()
+            self.verifier.seal()
             state.skipped_in_a_row = state.spikes_in_a_row = 0
             state.window_loss += loss * tokens
             state.window_tokens += tokens
@@ -186,6 +189,33 @@ class Trainer:
         self.record = {"lr": lr, "gradient_norm": norm}
         if self.saver.thread is None and self.ranks.first and not self.sharded:
             self.saver.make_room(self.snapshot())  # the first step of a session: the optimizer has its state now
+
+    def gradient(self, tokens: int) -> float:
+        """Accumulate the step's gradient; every ``train.verify_every`` steps a second time, with the same bits."""
+        loss = self.accumulate(tokens)
+        if self.verifier.due(self.state.step + 1):
+            micro_batch, first = self.micro_batch, self.verifier.gradient()
+            self.optimizer.zero_grad()
+            loss = self.accumulate(tokens)
+            wrong = differing(first, self.verifier.gradient()) if self.micro_batch == micro_batch else []
+            self.refuse("the gradient, computed twice, differs in", wrong)
+        self.check_resting()
+        return loss
+
+    def check_resting(self) -> None:
+        """Weights and optimizer state are as the last update left them."""
+        if self.verifier.every:
+            self.refuse("since the last update something else has changed", self.verifier.changed())
+
+    def refuse(self, what: str, names: list[str]) -> None:
+        """TrainingFailure at all ranks when one has found a computing error."""
+        if int(self.ranks.most(len(names))[0]):
+            found = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "another rank"
+            raise TrainingFailure(
+                f"step {self.state.step + 1}: {what} {found}: the processor or its memory errs, or something on this device"
+                " does not compute the same twice (train.verify_every). The same command goes on from the last checkpoint;"
+                " if it comes again, test the memory, undo overclocking, or train elsewhere"
+            )
 
     def accumulate(self, tokens: int) -> float:
         """Gradient of (sum of losses) / tokens over the micro-batches of the step; returns that loss."""
@@ -418,6 +448,7 @@ class Trainer:
     def restore(self, checkpoint: Past) -> None:
         """Weights, optimizer, loss scaling and numbers as they were when the checkpoint was saved."""
         stored = checkpoint.state()
+        self.verifier.unseal()
         self._copy_weights(checkpoint)
         self.optimizer.load_state_tensors(checkpoint.optimizer())
         if self.scaler is not None and stored["scaler"]:
@@ -621,12 +652,14 @@ class Trainer:
 
     def save(self) -> None:
         """Have a checkpoint of this step written while training goes on."""
+        self.check_resting()
         snapshot = self.snapshot()  # all ranks: parts of it may lie with any of them
         if self.ranks.first:
             self.saver.save(snapshot)
 
     def save_milestone(self) -> None:
         """Have the weights of this step kept to be looked back at."""
+        self.check_resting()
         snapshot = self.snapshot()
         if self.ranks.first:
             self.saver.save_milestone(snapshot)
