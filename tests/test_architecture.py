@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "smalllm"
 
 # A module imports only what stands before it. docs/architecture.md shows the same list.
 ORDER = [
-    "terminal", "untrusted", "files", "config", "hardware", "native.build", "native.words", "native.suffixes", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "ranks", "runtime", "checkpoint",
+    "terminal", "untrusted", "files", "locks", "config", "hardware", "native.build", "native.words", "native.suffixes", "model", "native.kernels", "native.decode", "tokenizer", "conversation", "metrics", "ranks", "runtime", "checkpoint",
     "data.shards", "data.duplicates", "data.storyworld", "data.sources", "data.spool", "data.parts", "data.prepare", "data.batches", "ngrams",
     "decoder", "generation", "evaluation",
     "judging.comparison", "judging.sides", "judging.contest", "judging.novelty", "judging.characters", "judging.scorecard", "judging.judge", "judging.minimal_pairs", "judging.harness",

@@ -147,20 +147,6 @@ def test_a_signal_does_not_wait_for_an_evaluation(tiny, tmp_path: Path):
     assert (tmp_path / "run/samples.jsonl").read_bytes() == (tmp_path / "straight/samples.jsonl").read_bytes()
 
 
-def test_a_disk_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import fcntl
-
-    def unsupported(descriptor: int, flags: int) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    notes = Recorder()
-    folder = RunFolder(tmp_path)
-    folder.lock(warn=notes.note)
-    assert "cannot be locked (Operation not supported)" in notes.notes[0] and not folder.is_locked()
-    folder.unlock()
-
-
 @pytest.mark.parametrize("echo", [False, True])
 def test_a_second_signal_ends_at_once_unless_it_is_an_echo(echo: bool) -> None:
     heard: list[int] = []

@@ -24,6 +24,7 @@ from smalllm.data import prepare as prepare_module
 from smalllm.data.parts import Part
 from smalllm.data.prepare import PrepareResult, prepare
 from smalllm.data.shards import TokenDataset
+from smalllm.locks import Lock
 
 SEPARATOR = "<|endoftext|>\n"
 TEXTS = [f"Story {n}. {('Lily', 'Tom', 'Anna')[n % 3]} saw {n * 7919 % 1000} birds. é🙂" for n in range(300)]
@@ -242,11 +243,11 @@ def test_a_merge_that_was_killed_is_made_again(source, tokenizer, three, tmp_pat
 def test_two_that_finish_together_do_not_both_merge(source, tokenizer, three, tmp_path):
     out = tmp_path / "out"
     in_parts([source], out, tokenizer, 3, [1, 2])
-    lock = prepare_module._lock(out / ".lock")
+    lock = Lock.acquire(out / ".lock")
     assert lock is not None
     result = prepare([source], out, tokenizer=tokenizer, shard="3/3")
     assert (result.complete, result.missing) == (False, [])
-    lock.close()
+    lock.release()
     assert prepare([source], out, tokenizer=tokenizer, shard="3/3").complete
     assert contents(out) == contents(three)
 

@@ -185,14 +185,6 @@ def test_interrupted_prepare_leaves_no_manifest_and_is_mended_by_the_next(made, 
     assert contents(out) == contents(made[0])
 
 
-def test_lock_on_a_file_that_was_replaced_does_not_count(tmp_path):
-    path = tmp_path / ".lock"
-    with open(path, "ab") as file:
-        path.unlink()
-        path.write_bytes(b"")
-        assert not module._try_lock(file, path)
-
-
 # -- sides
 
 

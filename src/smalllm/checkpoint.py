@@ -15,12 +15,10 @@ executes anything. The module knows nothing about training: state is a plain dic
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import struct
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +32,7 @@ from torch import Tensor
 
 from smalllm.config import ModelConfig, RunConfig, UserError, load_recipe
 from smalllm.files import FileSystem, Piece
+from smalllm.locks import Lock, holder, is_held
 from smalllm.model import GPT
 from smalllm.tokenizer import Tokenizer
 from smalllm.untrusted import content, opened, printable
@@ -215,7 +214,7 @@ class RunFolder:
     def __init__(self, path: Path, files: FileSystem | None = None) -> None:
         self.path = path
         self.files = files or FileSystem()
-        self._lock: int | None = None
+        self._lock: Lock | None = None
 
     config_file = property(lambda self: self.path / "config.toml")
     environment_file = property(lambda self: self.path / "environment.json")
@@ -223,6 +222,7 @@ class RunFolder:
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     samples_file = property(lambda self: self.path / "samples.jsonl")
     failure_file = property(lambda self: self.path / "failure.md")
+    _lock_file = property(lambda self: self.path / ".lock")
     checkpoints_folder = property(lambda self: self.path / "checkpoints")
     milestones_folder = property(lambda self: self.path / "milestones")
 
@@ -327,39 +327,28 @@ class RunFolder:
         """Be the only trainer of this run, until ``unlock`` or the end of the process; readers never lock. Where the file
         system has no locks, that is said through ``warn``."""
         self.files.mkdir(self.path)
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            free = _flock(descriptor) or _flock(descriptor, seconds=0.05)  # a reader may be asking is_locked just now
-        except OSError as error:
-            free = True
-            if warn is not None:
-                warn(f"{self.path} cannot be locked ({error.strerror}): see to it that nobody else trains this run")
-        if not free:
-            holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "?"
-            os.close(descriptor)
+        self._lock = Lock.acquire(self._lock_file, warn)
+        if self._lock is None:
             raise UserError(
-                f"run {self.path} is being trained by process {holder}; wait for it, or choose another folder with --out"
+                f"run {self.path} is being trained by process {holder(self._lock_file)}; wait for it, or choose another folder"
+                " with --out"
             )
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        self._lock = descriptor
+
+    def check_locked(self) -> None:
+        """UserError when another trainer has taken over, which only a file system without locks allows."""
+        if self._lock is not None and self._lock.lost():
+            raise UserError(
+                f"run {self.path} was taken over by process {holder(self._lock_file)} while this one stood still; nothing more is"
+                " written to it from here"
+            )
 
     def is_locked(self) -> bool:
         """Whether a trainer, this process or another, holds the run; leaves no trace."""
-        try:
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            return not _flock(descriptor)
-        except OSError:
-            return False
-        finally:
-            os.close(descriptor)
+        return is_held(self._lock_file)
 
     def unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def write_text(self, path: Path, text: str) -> None:
@@ -528,16 +517,6 @@ def is_milestone(step: int) -> bool:
     """100, 300, 1,000, 3,000, 10,000 ..."""
     digits = str(step)
     return step >= 100 and digits[0] in "13" and digits[1:].strip("0") == ""
-
-
-def _flock(descriptor: int, seconds: float = 0.0) -> bool:
-    """Lock a file after waiting so long; False when another has it; OSError where files cannot be locked."""
-    time.sleep(seconds)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _newest_run(runs: Path) -> Path:

@@ -58,7 +58,7 @@ NEVER_PUSHED = (
     "runs/**", "data/**", "**/.env*", "**/.netrc", "**/*.pem", "**/*.key", "**/id_rsa*", "**/id_ecdsa*", "**/id_ed25519*",
 )  # fmt: skip
 """Not even if git tracks it (pathspecs, `man gitglossary`)."""
-NOT_FETCHED = (".lock", ".tmp-*", ".trash-*", ".bad-*")
+NOT_FETCHED = (".lock", ".lock-beat", ".tmp-*", ".trash-*", ".bad-*")
 ANYWHERE = ("storyworld", "tinystories", "hf://")
 """How sources of text begin that another machine can read as well."""
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)

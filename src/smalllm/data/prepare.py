@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,6 +49,7 @@ from smalllm.data.shards import (
 from smalllm.data.sources import Counts, Source, documents, open_source, passages, share
 from smalllm.data.spool import Document, Spool, keys
 from smalllm.files import FileSystem
+from smalllm.locks import Lock, holder
 from smalllm.tokenizer import MAX_PIECES, Tokenizer
 
 VOCAB_SIZE = 4096
@@ -59,7 +60,7 @@ AUDIT_BYTES = 50_000_000  # of training text; `duplicates.audit` compares everyt
 REPORT_SECONDS = 0.1
 LOCK = ".lock"
 OURS = re.compile(
-    r"\.lock|\.spool|manifest\.json|tokenizer\.model|floors\.json|(train|valid)-\d{5}\.bin|\.tmp-.+-\d+|\..+\.tmp"
+    r"\.lock(-beat)?|\.spool|manifest\.json|tokenizer\.model|floors\.json|(train|valid)-\d{5}\.bin|\.tmp-.+-\d+|\..+\.tmp"
 )
 
 Stage = Literal["read", "tokenizer", "encode"]
@@ -208,7 +209,7 @@ def _finish(
     """The dataset of all parts, if they are there and nobody else is making it; else the figures of this part."""
     missing, done = part.missing(folder), (folder / MANIFEST).exists()
     result = None
-    if (done or not missing) and (lock := _lock(folder / LOCK)):
+    if (done or not missing) and (lock := Lock.acquire(folder / LOCK)):
         try:
             if made and not (folder / MANIFEST).exists():
                 with _cleared_on_failure(folder):
@@ -218,7 +219,7 @@ def _finish(
                 result = replace(result, megabytes_per_second=rate)
             tidy(folder, part)
         finally:
-            _unlock(lock, folder / LOCK)
+            lock.release(remove=True)
     if result:
         return result
     if made is None or (folder / MANIFEST).exists():  # another one was faster
@@ -372,31 +373,20 @@ def _locked(folder: Path, name: str = LOCK) -> Iterator[Path]:
     """Create the folder and keep other prepares out of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder / name)
+        lock = Lock.acquire(folder / name)
     except OSError as error:
         raise UserError(f"out={folder} cannot be written ({error.strerror}); choose another folder") from None
     if lock is None:
-        raise UserError(f"out={folder} is being written by another prepare; wait for it or choose another folder")
+        raise UserError(
+            f"out={folder} is being written by another prepare, process {holder(folder / name)}; wait for it or choose another"
+            " folder"
+        )
     try:
         yield folder
     finally:
-        _unlock(lock, folder / name)
-
-
-def _lock(path: Path) -> IO[bytes] | None:
-    """A file that is locked until it is closed, or None where another process has it. The system drops the lock of a process
-    that dies."""
-    file = open(path, "ab")  # noqa: SIM115 (_unlock closes it)
-    if _try_lock(file, path):
-        return file
-    file.close()
-    return None
-
-
-def _unlock(lock: IO[bytes], path: Path) -> None:
-    with lock, suppress(OSError):  # Windows does not remove an open file
-        path.unlink()
-        path.parent.rmdir()  # a folder that got nothing should not stay
+        lock.release(remove=True)
+        with suppress(OSError):
+            folder.rmdir()  # a folder that got nothing should not stay
 
 
 @contextmanager
@@ -411,29 +401,13 @@ def _cleared_on_failure(folder: Path, clear: Callable[[], None] = lambda: None) 
         raise
 
 
-def _try_lock(file: IO[bytes], path: Path) -> bool:
-    """Take the lock; False if another holds it, or removed the file between our opening and locking it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False
-
-
 def _clear(folder: Path) -> None:
     """Remove what an interrupted prepare left; never anything else."""
     names = sorted(path.name for path in folder.iterdir())
     if foreign := [name for name in names if not OURS.fullmatch(name)]:
         raise UserError(f"out={folder} holds other files (first: {foreign[0]}); choose a new or empty folder")
     for name in names:
-        if name != LOCK:
+        if not name.startswith(LOCK):
             (folder / name).unlink()
 
 

@@ -636,6 +636,7 @@ class Trainer:
     def write_record(self) -> None:
         """Append the object of this step to metrics.jsonl, if it was logged or evaluated."""
         if "train_loss" in self.record or "valid_loss" in self.record:
+            self.folder.check_locked()
             record = {"step": self.state.step, **self.record}
             self._written(self.log_file, lambda: self.log_file.append(record))
             self.sinks.write(record)
@@ -652,6 +653,7 @@ class Trainer:
 
     def save(self) -> None:
         """Have a checkpoint of this step written while training goes on."""
+        self.folder.check_locked()
         self.check_resting()
         snapshot = self.snapshot()  # all ranks: parts of it may lie with any of them
         if self.ranks.first:
