@@ -27,10 +27,11 @@ from statistics import median
 
 import torch
 
-from smalllm.cards import find_card
+from smalllm.cards import NVLINK_4, PCIE, find_card
 from smalllm.checkpoint import RunFolder
 from smalllm.config import RunConfig, load_recipe
 from smalllm.files import Untouched
+from smalllm.planner import BACKWARD_SHARE, efficiency
 from smalllm.ranks import joined
 from smalllm.speed.training import random_data
 from smalllm.training.trainer import Trainer
@@ -143,8 +144,8 @@ def table(figures: dict[int, dict[str, float]], config: RunConfig) -> str:
 MODELS = {"20 M": (20e6, 131_072), "124 M": (124e6, 524_288), "350 M": (350e6, 524_288), "1.3 B": (1.3e9, 1_048_576)}
 """Parameters, and tokens of a step."""
 CLUSTERS = (
-    ("8 x RTX 4090, PCIe", "RTX 4090", 8, (5e9, 20e9)),
-    ("8 x H100, NVLink", "H100", 8, (300e9, 400e9)),
+    ("8 x RTX 4090, PCIe", "RTX 4090", 8, PCIE),
+    ("8 x H100, NVLink", "H100", 8, NVLINK_4),
     ("64 x H100, 8 to a machine, 400 Gb/s each", "H100", 64, (20e9, 45e9)),
 )
 """Bytes a second that a ring all-reduce moves through each GPU (the bus bandwidth of nccl-tests), from bad to good: assumed."""
@@ -162,11 +163,11 @@ def paper() -> str:
         for model, (parameters, tokens) in MODELS.items():
             rank_tokens = tokens / world
             arithmetic = 6 * parameters * rank_tokens / (REACHED * find_card(card).peak_flops)
-            last = 2 / 3 * arithmetic * min(1.0, MICRO_BATCH / rank_tokens)
+            last = BACKWARD_SHARE * arithmetic * min(1.0, MICRO_BATCH / rank_tokens)
             size = 2 * (world - 1) / world * 4 * parameters
             times = [size / bandwidth for bandwidth in (bad, good)]
-            plain = [arithmetic / (arithmetic + seconds) for seconds in times]
-            hidden = [arithmetic / (arithmetic + max(0.0, seconds - last)) for seconds in times]
+            plain = [efficiency(arithmetic, seconds) for seconds in times]
+            hidden = [efficiency(arithmetic, seconds, last) for seconds in times]
             lines.append(
                 f"| {name} | {model} | {tokens:,} | {1000 * arithmetic:,.1f} ms | {1000 * times[1]:,.1f} to {1000 * times[0]:,.1f} ms |"
                 f" {plain[0]:.0%} to {plain[1]:.0%} | {hidden[0]:.0%} to {hidden[1]:.0%} |"

@@ -17,7 +17,16 @@ from smalllm.cards import CARDS, find_card, smallest_card
 from smalllm.checkpoint import RunFolder
 from smalllm.cli import run
 from smalllm.config import RunConfig, UserError, load_recipe, recipe_names
-from smalllm.planner import Speed, can_be_measured, find_place, make_model, parse_bytes, plan_run, settle
+from smalllm.planner import (
+    Speed,
+    can_be_measured,
+    exchanged_bytes,
+    find_place,
+    make_model,
+    parse_bytes,
+    plan_run,
+    settle,
+)
 from smalllm.runtime import Runtime, step_memory
 from smalllm.training.trainer import Trainer
 
@@ -172,6 +181,56 @@ def test_speed_on_a_card_is_the_two_bounds_of_the_roofline(monkeypatch: pytest.M
     assert plan.speed.tokens_per_second == pytest.approx(math.sqrt(0.32) * limit) and plan.speed.source == "card"
     again = plan_run(config.replace(train={"recompute": True, "micro_batch": plan.micro_batch}), place)
     assert again.recompute and again.memory.activations < plan.memory.activations
+
+
+def test_several_gpus_share_a_step_and_pay_for_the_exchange():
+    config = settle(load_recipe("smolergpt-12m"))
+    one = plan_run(*find_place(config, "RTX 4090"), KNOWN)
+    eight = plan_run(*find_place(config, "RTX 4090", gpus=8), KNOWN)
+    assert (str(eight.place), eight.place.memory_bytes) == ("8 x RTX 4090", one.place.memory_bytes)
+    assert 8 * eight.micro_batch * eight.accumulation * 256 == config.train.batch_tokens
+    low, high = eight.efficiency
+    exchanged = 7 / 8 * 2 * 4 * eight.parameters
+    seconds = config.train.batch_tokens / 8 / one.speed.low
+    assert low == pytest.approx(seconds / (seconds + exchanged / 5e9)) and low < high <= 1.0
+    assert eight.speed.low == pytest.approx(8 * low * one.speed.low)
+    assert eight.speed.low < eight.speed.tokens_per_second < eight.speed.high <= 8 * one.speed.high
+    assert eight.hours < one.hours and eight.figures()["gpus"] == 8
+    better = plan_run(*find_place(config, "H100", gpus=8), KNOWN)
+    assert better.efficiency[0] > low
+
+
+def test_what_is_exchanged():
+    config = settle(load_recipe("smolergpt-12m"))
+    model = make_model(config)
+    gradient = 4 * model.parameters_count()
+    assert exchanged_bytes(model, config, 2, 4) == gradient  # benchmarks/ranks.py counted 2.00 and 6.01 over all ranks
+    assert 4 * exchanged_bytes(model, config, 4, 1) == pytest.approx(6.0 * gradient)
+    muon = config.replace(optim={"kind": "muon"})
+    matrices = model.parameters_count() - model.embedding_parameters()
+    assert exchanged_bytes(model, muon, 2, 1) == gradient + matrices
+    sharded = config.replace(train={"parallel": "fsdp"})
+    assert exchanged_bytes(model, sharded, 2, 2) == 2.5 * gradient
+
+
+def test_what_does_not_fit_one_gpu_of_many():
+    large = settle(
+        load_recipe(
+            "smalllm-20m", ["model.layers=48", "model.width=4096", "model.heads=32", "train.batch_tokens=65536"]
+        )
+    )
+    with pytest.raises(UserError, match="a RTX 4090 has 24 GB.*train.parallel=fsdp would fit"):
+        plan_run(*find_place(large, "RTX 4090", gpus=8))
+    fits = plan_run(*find_place(large.replace(train={"parallel": "fsdp"}), "RTX 4090", gpus=8))
+    assert fits.fits and fits.memory.optimizer < 8 * fits.parameters / 7
+    for gpus, card, wrong in (
+        (0, "T4", "--gpus 0 is not"),
+        (2, "M2 Max", "has one GPU"),
+        (3000, "T4", "3000 ranks cannot share"),
+        (64, None, "PyTorch sees"),
+    ):
+        with pytest.raises(UserError, match=wrong):
+            find_place(settle(load_recipe("smolergpt-12m")), card, gpus=gpus)
 
 
 def test_what_is_measured(monkeypatch: pytest.MonkeyPatch):

@@ -15,11 +15,13 @@ from typing import Any, Literal
 import torch
 
 from smalllm import hardware
-from smalllm.cards import Card, find_card, smallest_card
+from smalllm.cards import Card, find_card, link_of, smallest_card
 from smalllm.config import RunConfig, UserError
 from smalllm.data.shards import MANIFEST, Manifest
 from smalllm.model import GPT
+from smalllm.ranks import ALONE, Ranks
 from smalllm.runtime import Precision, Runtime, StepMemory, fit_memory, pick_precision, step_memory
+from smalllm.training.setting_out import divisible
 
 REACHED = (0.4, 0.8)
 """Share of a card's limit (arithmetic plus traffic, one after the other) that training is assumed to reach: an assumption,
@@ -42,6 +44,14 @@ class Place:
     runtime: Runtime
     memory_bytes: int
     card: Card | None = None
+
+    @property
+    def gpus(self) -> int:
+        """Devices that train together; ``name``, ``memory_bytes`` and ``card`` are of each."""
+        return self.runtime.ranks.world
+
+    def __str__(self) -> str:
+        return self.name if self.gpus == 1 else f"{self.gpus} x {self.name}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,8 @@ class RunPlan:
     hours: float
     epochs: float | None
     price: float | None = None
+    efficiency: tuple[float, float] = (1.0, 1.0)
+    """Of several GPUs, from bad to good: their speed over that of as many which exchange nothing."""
     instead: str = ""
     """What would fit, where this does not."""
 
@@ -101,6 +113,7 @@ class RunPlan:
             "speed_source": self.speed.source, "recompute": self.recompute, "precision": self.place.runtime.precision,
             "device": self.place.runtime.device.type, "device_name": self.place.name,
             "device_memory_bytes": self.place.memory_bytes, "fits": self.fits, "card_source": card.source if card else None,
+            "gpus": self.place.gpus, "efficiency_range": [round(share, 3) for share in self.efficiency],
             "vocab_size": self.config.model.vocab_size, "batch_tokens": train.batch_tokens, "steps": self.steps,
             "tokens": self.tokens, "epochs": None if self.epochs is None else round(self.epochs, 3),
             "price_per_hour": self.price, "cost": None if self.cost is None else round(self.cost, 4),
@@ -139,12 +152,15 @@ def parse_bytes(text: str) -> int:
     return round(size)
 
 
-def find_place(config: RunConfig, card: str | None = None, vram: int | None = None) -> tuple[RunConfig, Place]:
+def find_place(
+    config: RunConfig, card: str | None = None, vram: int | None = None, gpus: int = 1
+) -> tuple[RunConfig, Place]:
     """Where the run is planned for, and its settings with the memory it may take there.
 
     A ``card`` is one of the table. ``vram`` alone, in bytes, is a GPU with so much: this machine's, if it has one, else the
-    smallest card of the table that has it. With ``train.device = cpu`` it is memory of this machine. UserError for what a
-    card lacks."""
+    smallest card of the table that has it. With ``train.device = cpu`` it is memory of this machine. ``gpus``: so many of them
+    in one machine. UserError for what a card lacks."""
+    ranks = _ranks(config, gpus)
     if vram is not None:
         if config.train.memory_gb not in (0.0, vram / 1e9):
             raise UserError(
@@ -155,7 +171,11 @@ def find_place(config: RunConfig, card: str | None = None, vram: int | None = No
         card = smallest_card(vram).name
     if card is None:
         device = hardware.pick_device(config.train.device)
-        runtime = Runtime(device, pick_precision(device, config.train.precision))
+        if gpus > 1 and (device.type != "cuda" or gpus > hardware.gpu_count()):
+            raise UserError(
+                f"--gpus {gpus}: PyTorch sees {hardware.gpu_count()} GPUs here; name the ones to plan for with --card"
+            )
+        runtime = Runtime(device, pick_precision(device, config.train.precision), ranks)
         memory = vram or hardware.total_memory(device)
         return config, Place(hardware.device_name(device), runtime, memory)
     chosen = find_card(card)
@@ -163,8 +183,19 @@ def find_place(config: RunConfig, card: str | None = None, vram: int | None = No
         raise UserError(
             f"--card {card} and train.device = {config.train.device} are two devices; leave one of them out"
         )
-    runtime = Runtime(torch.device(chosen.device), _card_precision(chosen, config.train.precision))
+    if gpus > 1 and chosen.device != "cuda":
+        raise UserError(f"--gpus {gpus}: a machine with {chosen.name} has one GPU; leave it out")
+    runtime = Runtime(torch.device(chosen.device), _card_precision(chosen, config.train.precision), ranks)
     return config, Place(chosen.name, runtime, vram or chosen.memory_bytes, chosen)
+
+
+def _ranks(config: RunConfig, gpus: int) -> Ranks:
+    """What training would be divided among; its own check of the division."""
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus} is not a number of GPUs; give 1 or more")
+    ranks = Ranks(0, gpus, 0, gpus) if gpus > 1 else ALONE
+    divisible(config, ranks)
+    return ranks
 
 
 def _card_precision(card: Card, wish: str) -> Precision:
@@ -185,7 +216,7 @@ def make_model(config: RunConfig) -> GPT:
 def plan_run(
     config: RunConfig, place: Place, speed: Speed | None = None, price: float | None = None, held: int | None = None
 ) -> RunPlan:
-    """The plan of settings that have a vocabulary. ``speed``: measured elsewhere; None: estimated. ``held``: bytes that
+    """The plan of settings that have a vocabulary. ``speed``: of one device, measured; None: estimated. ``held``: bytes that
     the process holds before there is a model; None: what this one does now, or on a card nothing. UserError when a card, or
     the memory that was asked for, is too small, with what would do."""
     model = make_model(config)
@@ -201,15 +232,17 @@ def plan_run(
             f"{config.name} needs about {memory.total / 1e9:.3g} GB and a {place.name} has {place.memory_bytes / 1e9:g} GB"
             f"{what_would_do(model, place, config, held)}"
         )
-    speed = speed or estimate_speed(model, place, memory.activations / tokens, fit.recompute)
+    alone = speed or estimate_speed(model, place, memory.activations / tokens, fit.recompute)
+    accumulation = -(-config.train.batch_tokens // (tokens * place.gpus))
+    speed, efficiency = together(alone, model, config, place, accumulation)
     instead = "" if memory.total <= place.memory_bytes else what_would_do(model, place, config, held)
     steps, hours = _length(config, speed.tokens_per_second)
     manifest = read_manifest(config)
     return RunPlan(
         config=config, place=place, speed=speed, parameters=model.parameters_count(),
         embedding_parameters=model.embedding_parameters(), flops_per_token=model.flops_per_token(), memory=memory,
-        micro_batch=fit.micro_batch, accumulation=-(-config.train.batch_tokens // tokens), recompute=fit.recompute,
-        steps=steps, hours=hours, price=price, instead=instead,
+        micro_batch=fit.micro_batch, accumulation=accumulation, recompute=fit.recompute,
+        steps=steps, hours=hours, price=price, instead=instead, efficiency=efficiency,
         epochs=steps * config.train.batch_tokens / manifest.train.tokens if manifest and manifest.train.tokens else None,
     )  # fmt: skip
 
@@ -231,6 +264,10 @@ def what_would_do(model: GPT, place: Place, config: RunConfig, held: int | None)
     card, parts = smallest_card(least), []
     if place.runtime.device.type == "cuda" and least <= card.memory_bytes:
         parts.append(f"a card with {card.memory_gb:g} GB ({card.name}) would do")
+    if place.gpus > 1 and config.train.parallel == "ddp":
+        sharded = config.replace(train={"parallel": "fsdp"})
+        if _least_bytes(model, place, sharded, held) <= place.memory_bytes:
+            parts.append("train.parallel=fsdp would fit")
     step = config.model.heads * (2 if config.model.positions == "rope" else 1)
 
     def fits(steps: int) -> bool:
@@ -270,6 +307,47 @@ def estimate_speed(model: GPT, place: Place, activation_bytes: float, recompute:
         limit, shares = 1 / (cost / place.card.peak_flops + traffic / place.card.bandwidth), REACHED
     low, high = (share * limit for share in shares)
     return Speed(math.sqrt(low * high), low, high, "card" if place.card else "peak")
+
+
+def together(
+    alone: Speed, model: GPT, config: RunConfig, place: Place, accumulation: int
+) -> tuple[Speed, tuple[float, float]]:
+    """Speed of all GPUs from that of one, and their efficiency: between a bad link with nothing of the exchange hidden behind
+    the backward pass, and a good one with all hidden that can be. Assumptions, not measurements of ours."""
+    if place.gpus == 1:
+        return alone, (1.0, 1.0)
+    tokens = config.train.batch_tokens / place.gpus
+    exchanged = exchanged_bytes(model, config, place.gpus, accumulation)
+    bad, good = place.card.link if place.card else link_of(place.name)
+    behind = BACKWARD_SHARE * tokens / alone.high / accumulation
+    low = efficiency(tokens / alone.low, exchanged / bad)
+    high = efficiency(tokens / alone.high, exchanged / good, behind)
+    slow, fast = place.gpus * low * alone.low, place.gpus * high * alone.high
+    expected = place.gpus * math.sqrt(low * high) * alone.tokens_per_second
+    return Speed(min(max(expected, slow), fast), slow, fast, alone.source), (min(low, high), max(low, high))
+
+
+BACKWARD_SHARE = 2 / 3
+"""Of a step's arithmetic; only that of the last micro-batch can hide the exchange."""
+
+
+def exchanged_bytes(model: GPT, config: RunConfig, gpus: int, accumulation: int) -> float:
+    """What goes through each GPU in a step. DDP: float32 gradients, in a ring (reduced and gathered; measured with gloo by
+    benchmarks/ranks.py). FSDP: weights gathered for both passes of each micro-batch, gradients reduced. Muon's updates are
+    gathered in bfloat16."""
+    parameters = model.parameters_count()
+    of_muon = parameters - model.embedding_parameters() if config.optim.kind == "muon" else 0
+    numbers = 4 * parameters * (2 * accumulation + 1 if config.train.parallel == "fsdp" else 2)
+    return (gpus - 1) / gpus * (numbers + 2 * of_muon)
+
+
+def efficiency(arithmetic: float, exchange: float, hidden_behind: float = 0.0) -> float:
+    """Of ranks whose step takes so many seconds of arithmetic and of exchange, some of which passes behind arithmetic.
+
+    >>> efficiency(3.0, 1.0), efficiency(3.0, 1.0, 2.0)
+    (0.75, 1.0)
+    """
+    return arithmetic / (arithmetic + max(0.0, exchange - hidden_behind))
 
 
 def can_be_measured(plan: RunPlan) -> bool:

@@ -42,6 +42,7 @@ def plan(
     minutes: Annotated[float | None, Parameter(name="--minutes")] = None,
     card: Annotated[str | None, Parameter(name="--card")] = None,
     vram: Annotated[str | None, Parameter(name="--vram")] = None,
+    gpus: Annotated[int, Parameter(name="--gpus")] = 1,
     price: Annotated[float | None, Parameter(name="--price")] = None,
     seconds: Annotated[float, Parameter(name="--seconds")] = SECONDS,
     forecast: Annotated[bool, Parameter(name="--forecast", negative="")] = False,
@@ -62,8 +63,10 @@ def plan(
         Plan for a card such as "RTX 4090", T4, H100 or "M2 Max", by its maker's figures; left out, for this machine.
     vram
         Memory that the run may take, such as 8G; without a GPU here and without --card, on the smallest card that has it.
+    gpus
+        So many of them in one machine, as in `smalllm train --gpus`.
     price
-        Of an hour, in any currency: tells what the run costs.
+        Of an hour of the machine, in any currency: tells what the run costs.
     seconds
         How long to measure the speed of this machine; 0: estimate it.
     forecast
@@ -76,7 +79,7 @@ def plan(
     """
     _check(seconds, price, proxy_seconds)
     config = _settings(words, data, minutes, forecast)
-    made = make_plan(config, card, vram, price, seconds)
+    made = make_plan(config, card, vram, price, seconds, gpus)
     told = make_forecast(made, proxy_seconds) if forecast else None
     if json_output:
         print(json.dumps({**made.figures(), "forecast": told.figures()} if told else made.figures()))
@@ -109,13 +112,15 @@ def _settings(words: tuple[str, ...], data: Path | None, minutes: float | None, 
     return settled(config, open_data(config, Lines(Console(stderr=True), config).preparing))
 
 
-def make_plan(config: RunConfig, card: str | None, vram: str | None, price: float | None, seconds: float) -> RunPlan:
+def make_plan(
+    config: RunConfig, card: str | None, vram: str | None, price: float | None, seconds: float, gpus: int = 1
+) -> RunPlan:
     """The plan; the speed of this machine is measured where that takes seconds."""
     import smalllm.training.trainer  # noqa: F401  what a training process holds before there is a model
     from smalllm import hardware
     from smalllm.planner import can_be_measured, find_place, parse_bytes, plan_run
 
-    config, place = find_place(config, card, parse_bytes(vram) if vram is not None else None)
+    config, place = find_place(config, card, parse_bytes(vram) if vram is not None else None, gpus)
     held = 0 if place.card else hardware.memory_now(place.runtime.device)
     made = plan_run(config, place, price=price, held=held)
     if seconds and can_be_measured(made):
@@ -174,20 +179,23 @@ def heading(made: RunPlan) -> str:
     """What is planned, and for where."""
     model, place = made.config.model, made.place
     shape = f"{model.layers} layers x {model.width}, context {model.context}, vocabulary {model.vocab_size:,}"
-    return f"{made.config.name}: {shape}, {made.config.optim.kind}, on {place.name} in {place.runtime.precision}"
+    return f"{made.config.name}: {shape}, {made.config.optim.kind}, on {place} in {place.runtime.precision}"
 
 
 def rows(made: RunPlan) -> list[tuple[str, str, str]]:
     """Name, figure and meaning of each line."""
     train, memory, speed = made.config.train, made.memory, made.speed
+    gpus, (low, high) = made.place.gpus, made.efficiency
+    many = gpus > 1
     named = {name: size for name, size in dataclasses.asdict(memory).items() if size}
     found = [
         ("parameters", f"{made.parameters:,}", f"{made.embedding_parameters:,} of them in embeddings and head"),
         ("arithmetic", _unit(made.flops_per_token, "FLOP a token"), "forward and backward"),
-        ("memory", _unit(memory.total, "B"), f"at most, of {_unit(made.place.memory_bytes, 'B')}; by part:"),
+        ("memory", _unit(memory.total, "B"), f"at most, of {_unit(made.place.memory_bytes, 'B')}{' of each GPU' if many else ''}; by part:"),
         *(("", f"  {_unit(size, 'B')}", f"  {PARTS[name]}") for name, size in named.items()),
-        ("a step", f"{train.batch_tokens:,} tokens", f"{made.accumulation} x micro-batch {made.micro_batch} x context {made.config.model.context}{', recomputed' if made.recompute else ''}"),
+        ("a step", f"{train.batch_tokens:,} tokens", f"{f'{gpus} GPUs x ' if many else ''}{made.accumulation} x micro-batch {made.micro_batch} x context {made.config.model.context}{', recomputed' if made.recompute else ''}"),
         ("speed", f"{_rounded(speed.tokens_per_second)} tokens/s", f"{_rounded(speed.low)} to {_rounded(speed.high)}, {SOURCES[speed.source]}"),
+        *([("", f"{low:.0%} to {high:.0%}", f"of {gpus} GPUs that need not exchange gradients; over links assumed")] if many else []),
         ("length", f"{_unit(made.tokens, 'tokens')}", f"{made.steps:,} steps, {_epochs(made)}"),
         ("time", _duration(made.hours), "with evaluations"),
     ]  # fmt: skip
@@ -241,6 +249,7 @@ def _training(words: tuple[str, ...], data: Path | None, minutes: float | None, 
 
     options = [] if data is None else ["--data", str(data)]
     options += [] if minutes is None else ["--minutes", f"{minutes:g}"]
+    options += [] if made.place.gpus == 1 else ["--gpus", str(made.place.gpus)]
     limit = made.config.train.memory_gb
     given = any(word.startswith("train.memory_gb=") for word in words)
     memory = [f"train.memory_gb={limit:g}"] if limit and not given else []
