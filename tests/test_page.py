@@ -281,6 +281,18 @@ def test_characters_spread_over_pieces_are_whole(visit):
     assert opened.tell() == f"{BEGINNING} a😀"
 
 
+def test_pieces_that_arrive_together_stay_apart(visit):
+    """A busy server sends several tokens in one event; a character of several bytes among them joins no others."""
+    pieces = [" a", "\ufffd", "\ufffd", " b", "c", "\ufffd", "\ufffd", "\ufffd", "\ufffd", "d", " e"]
+    logprobs = {"tokens": pieces, "token_logprobs": [-1] * 11, "top_logprobs": [{}] * 11}
+    choice = {"text": " aé bc“\ufffdd e", "logprobs": logprobs, "finish_reason": "length"}
+    body = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    opened = visit()
+    opened.page.route("**/v1/completions", lambda route: route.fulfill(body=body))
+    assert opened.tell() == f"{BEGINNING} aé bc“\ufffdd e"
+    assert opened["#tale .token"].all_text_contents() == ["a", "é", "b", "c", "“\ufffd", "d", "e"]
+
+
 def test_settings_are_sent_and_remembered(visit):
     opened = visit()
     wanted = {"temperature": 0.5, "top_k": 40, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.2, "max_tokens": 20}

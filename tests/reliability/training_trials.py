@@ -10,15 +10,16 @@ import math
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from smalllm import cli, locks
+from smalllm import cli, hardware, locks
 from smalllm.checkpoint import RunFolder
 from smalllm.config import UserError
 from smalllm.files import FileSystem
@@ -540,6 +541,55 @@ def without_locks(number: int, folder: Path, given: Path) -> None:
     check_same(run, straight(given, "plain"))
 
 
+# ── T23: for long ──
+
+
+class Weary(FileSystem):
+    """A disk that is slow, and so many times full."""
+
+    def __init__(self, failures: int) -> None:
+        self.chance, self.failures = random.Random(23), failures
+
+    def sync(self, file: IO[bytes]) -> None:
+        if self.failures and self.chance.random() < 0.04:
+            self.failures -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        time.sleep(0.002 * self.chance.random())
+
+
+class Held(Recorder):
+    """Notes what the process holds at each evaluation: bytes of memory, descriptors, threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[int, int, int]] = []
+
+    def story(self, step: int, prompt: str, text: str) -> None:
+        memory = hardware.memory_now(torch.device("cpu"))
+        self.held.append((memory, len(os.listdir("/proc/self/fd")), threading.active_count()))
+
+
+def for_long(number: int, folder: Path, given: Path) -> None:
+    """Thousands of steps in one process, with a checkpoint every twenty and an evaluation every fifty, on a disk that fails now
+    and then: what the process holds does not grow, and no line is missing."""
+    steps = (1_500, 20_000, 60_000)[number]
+    config = settings(
+        given / "data", steps=steps, checkpoint_every=20, evaluate_every=50, log_every=10, sample_tokens=2,
+        evaluate_tokens=100,
+    )  # fmt: skip
+    display, disk, run = Held(), Weary(steps // 150), folder / "run"
+    train(config, run, disk, display)
+    assert disk.failures == 0, "too few checkpoints failed"
+    assert any("could not be written" in note for note in display.notes)
+    early, late = display.held[len(display.held) // 4 : len(display.held) // 2], display.held[-len(display.held) // 4 :]
+    memory, descriptors, threads = ([max(row[kind] for row in part) for part in (early, late)] for kind in range(3))
+    assert memory[1] <= 1.02 * memory[0] + 2e6, f"memory grew from {memory[0]:,} to {memory[1]:,} bytes"
+    assert descriptors[1] <= descriptors[0] and threads[1] <= threads[0], (descriptors, threads)
+    lines = [record["step"] for record in read_records(run / "metrics.jsonl")]
+    assert lines == sorted({1, steps, *range(10, steps + 1, 10)} & set(lines)) and len(lines) >= steps // 10
+    assert RunFolder(run).choose("latest").step == steps
+
+
 class Full(FileSystem):
     """A disk with no room."""
 
@@ -572,6 +622,8 @@ TRIALS = [
     Trial("T16", "an error on the thread that saves is told and costs that checkpoint", saving_fails, 4, 60, make_straight),
     Trial("T18", "a tracker that fails is dropped", trackers, 2, 20, make_straight),
     Trial("T4b", "a disk without room is refused before the first step", no_room, 1, 5, make_data),
+    Trial("T23", "thousands of steps on a disk that fails now and then: nothing grows, nothing is missing", for_long, 1, 3, make_data,
+          seconds=1800.0),
     Trial("X4", "without locks of the file system there is still one trainer, and a killed one blocks nobody", without_locks, 1, 10,
           make_straight),
     Trial("N1", "what is not finite never reaches weights or moments", poisoned, 8, 24, make_data),

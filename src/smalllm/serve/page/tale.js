@@ -40,7 +40,7 @@ function cut(text, logprobs) {
   const pieces = logprobs?.tokens ?? [];
   let rest = text;
   const tokens = pieces.map((piece, index) => {
-    const own = rest.startsWith(piece) ? piece : "";
+    const own = rest.startsWith(piece) ? piece : rest.slice(0, Math.max(0, carried(rest, piece, pieces[index + 1])));
     rest = rest.slice(own.length);
     return { text: own, piece, probability: Math.exp(logprobs.token_logprobs?.[index] ?? 0), top: ordered(logprobs.top_logprobs?.[index]) };
   });
@@ -48,6 +48,11 @@ function cut(text, logprobs) {
   else if (rest) tokens.push({ text: rest, piece: rest, probability: 1, top: [] });
   return tokens;
 }
+
+const BROKEN = "\ufffd"; // how a token is spelled that holds bytes of a character
+
+/** How many characters of the rest belong to a token that ends one: those before the next token, if that one is whole. */
+const carried = (rest, piece, next) => (piece.includes(BROKEN) && next && !next.includes(BROKEN) ? rest.indexOf(next) : 0);
 
 const ordered = (top) => Object.entries(top ?? {}).map(([piece, logprob]) => [piece, Math.exp(logprob)]).sort((a, b) => b[1] - a[1]);
 
