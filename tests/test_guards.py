@@ -18,8 +18,8 @@ from smalllm.data.batches import Batches
 from smalllm.data.shards import TokenDataset
 from smalllm.metrics import read_records
 from smalllm.reliability.promises import Recorder, replaced
-from smalllm.training.guards import WINDOW, SpikeGuard, gradient_norms, signals
-from smalllm.training.trainer import Trainer, TrainingFailure, train
+from smalllm.training.guards import WINDOW, SpikeGuard, TrainingFailure, gradient_norms, signals
+from smalllm.training.trainer import Trainer, train
 
 
 def guard_after(losses: list[float], sigmas: float = 6.0) -> SpikeGuard:

@@ -25,8 +25,9 @@ from smalllm.model import GPT
 from smalllm.ranks import ALONE, RankLost, Ranks, joined, local
 from smalllm.reliability.promises import check_same, make_data, settings
 from smalllm.runtime import Runtime, fit_memory, make_runtime, seed_everything, step_memory
+from smalllm.training.guards import TrainingFailure
 from smalllm.training.setting_out import divisible
-from smalllm.training.trainer import Trainer, TrainingFailure, train
+from smalllm.training.trainer import Trainer, train
 
 
 @pytest.fixture(scope="module")

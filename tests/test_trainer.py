@@ -22,8 +22,9 @@ from smalllm.native import kernels
 from smalllm.reliability.promises import TIMES, Recorder, SteppedClock
 from smalllm.runtime import Fit
 from smalllm.training import trainer as trainer_module
+from smalllm.training.guards import TrainingFailure
 from smalllm.training.schedule import Plan
-from smalllm.training.trainer import Trainer, TrainingFailure, train
+from smalllm.training.trainer import Trainer, train
 
 
 def digest(run: Path) -> str:

@@ -38,9 +38,9 @@ from smalllm.reliability.promises import (
 )
 from smalllm.reliability.trials import Trial
 from smalllm.training import trainer as trainer_module
-from smalllm.training.guards import WINDOW
+from smalllm.training.guards import WINDOW, TrainingFailure
 from smalllm.training.saver import Saver
-from smalllm.training.trainer import Trainer, TrainingFailure
+from smalllm.training.trainer import Trainer
 
 NAMES = list(promises.CONFIGURATIONS)
 

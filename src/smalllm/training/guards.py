@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from smalllm.config import UserError
 from smalllm.data.batches import Batches
 from smalllm.model import GPT
 from smalllm.ranks import local
@@ -29,6 +30,10 @@ ECHO_SECONDS = 1.0
 """Among ranks, Ctrl-C comes from the terminal and once more from torchrun: what comes so soon is no second one."""
 ROWS, CHARACTERS = 8, 500
 """Of the batch that a failure report shows."""
+
+
+class TrainingFailure(UserError):
+    """Training cannot go on; the last checkpoint is good."""
 
 
 class SpikeGuard:

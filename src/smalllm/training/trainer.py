@@ -55,7 +55,7 @@ from smalllm.runtime import (
     set_deterministic,
 )  # fmt: skip
 from smalllm.training.alarm import Alarm, zero_share
-from smalllm.training.guards import SpikeGuard, failure_report, gradient_norms, signals
+from smalllm.training.guards import SpikeGuard, TrainingFailure, failure_report, gradient_norms, signals
 from smalllm.training.objectives import SummedLoss
 from smalllm.training.optimizer import Optimizer
 from smalllm.training.past import Past, newest
@@ -64,15 +64,11 @@ from smalllm.training.schedule import Plan, lr_fraction
 from smalllm.training.setting_out import common_facts, divisible, open_data, settled
 from smalllm.training.state import UNPLANNED, State, Summary
 from smalllm.training.validation import EVALUATIONS, FINAL_TOKENS, affordable_tokens, first_documents, score_together
-from smalllm.training.verify import Verifier, differing
+from smalllm.training.verify import Verifier
 
 SKIPS_IN_A_ROW = 10
 ROLLBACKS = 3
 """Times that a run goes back to its last checkpoint because of spikes, before it gives up."""
-
-
-class TrainingFailure(UserError):
-    """Training cannot go on; the last checkpoint is good."""
 
 
 class _Interrupted(Exception):
@@ -121,7 +117,7 @@ class Trainer:
         self.model.recompute = bool(ranks.most(fit.recompute)[0])
         self.state = State(plan=Plan(train.steps or UNPLANNED))
         self.spikes = SpikeGuard(train.spike_sigmas)
-        self.verifier = Verifier(train.verify_every, self.model, self.optimizer)
+        self.verifier = Verifier(train.verify_every, self.model, self.optimizer, ranks)
         self.floors: Floors | None = None
         self.alarm = self.make_alarm()
         self.log_file = MetricsLog(folder.metrics_file, folder.files)
@@ -191,31 +187,16 @@ class Trainer:
             self.saver.make_room(self.snapshot())  # the first step of a session: the optimizer has its state now
 
     def gradient(self, tokens: int) -> float:
-        """Accumulate the step's gradient; every ``train.verify_every`` steps a second time, with the same bits."""
-        loss = self.accumulate(tokens)
-        if self.verifier.due(self.state.step + 1):
+        """Accumulate the step's gradient; every ``train.verify_every`` steps a second time, which must give the same bits."""
+        step, loss = self.state.step + 1, self.accumulate(tokens)
+        if self.verifier.due(step):
             micro_batch, first = self.micro_batch, self.verifier.gradient()
             self.optimizer.zero_grad()
             loss = self.accumulate(tokens)
-            wrong = differing(first, self.verifier.gradient()) if self.micro_batch == micro_batch else []
-            self.refuse("the gradient, computed twice, differs in", wrong)
-        self.check_resting()
+            if self.micro_batch == micro_batch:
+                self.verifier.check_gradient(first, step)
+        self.verifier.check_resting(step)
         return loss
-
-    def check_resting(self) -> None:
-        """Weights and optimizer state are as the last update left them."""
-        if self.verifier.every:
-            self.refuse("since the last update something else has changed", self.verifier.changed())
-
-    def refuse(self, what: str, names: list[str]) -> None:
-        """TrainingFailure at all ranks when one has found a computing error."""
-        if int(self.ranks.most(len(names))[0]):
-            found = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "another rank"
-            raise TrainingFailure(
-                f"step {self.state.step + 1}: {what} {found}: the processor or its memory errs, or something on this device"
-                " does not compute the same twice (train.verify_every). The same command goes on from the last checkpoint;"
-                " if it comes again, test the memory, undo overclocking, or train elsewhere"
-            )
 
     def accumulate(self, tokens: int) -> float:
         """Gradient of (sum of losses) / tokens over the micro-batches of the step; returns that loss."""
@@ -654,14 +635,14 @@ class Trainer:
     def save(self) -> None:
         """Have a checkpoint of this step written while training goes on."""
         self.folder.check_locked()
-        self.check_resting()
+        self.verifier.check_resting(self.state.step)
         snapshot = self.snapshot()  # all ranks: parts of it may lie with any of them
         if self.ranks.first:
             self.saver.save(snapshot)
 
     def save_milestone(self) -> None:
         """Have the weights of this step kept to be looked back at."""
-        self.check_resting()
+        self.verifier.check_resting(self.state.step)
         snapshot = self.snapshot()
         if self.ranks.first:
             self.saver.save_milestone(snapshot)

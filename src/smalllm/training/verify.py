@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from smalllm.model import GPT
-from smalllm.ranks import local
+from smalllm.ranks import ALONE, Ranks, local
+from smalllm.training.guards import TrainingFailure
 from smalllm.training.optimizer import Optimizer
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,8 +29,8 @@ class Verifier:
     """``every`` so many steps the gradient is computed twice, and at every step weights and optimizer state are compared with
     what the update before left; 0: never."""
 
-    def __init__(self, every: int, model: GPT, optimizer: Optimizer) -> None:
-        self.every, self.model, self.optimizer = every, model, optimizer
+    def __init__(self, every: int, model: GPT, optimizer: Optimizer, ranks: Ranks = ALONE) -> None:
+        self.every, self.model, self.optimizer, self.ranks = every, model, optimizer, ranks
         self._sealed: Sums | None = None
 
     def due(self, step: int) -> bool:
@@ -49,9 +50,25 @@ class Verifier:
         """They change now, and rightly."""
         self._sealed = None
 
-    def changed(self) -> list[str]:
-        """What is not as it was sealed."""
-        return differing(self._sealed, dict(self._resting())) if self._sealed is not None else []
+    def check_gradient(self, first: Sums, step: int) -> None:
+        """TrainingFailure when the gradient is not what ``gradient`` said of the first one."""
+        self._refuse("the gradient, computed twice, differs in", differing(first, self.gradient()), step)
+
+    def check_resting(self, step: int) -> None:
+        """TrainingFailure when weights or optimizer state are not as the last update left them."""
+        if self.every:
+            changed = differing(self._sealed, dict(self._resting())) if self._sealed is not None else []
+            self._refuse("since the last update something else has changed", changed, step)
+
+    def _refuse(self, what: str, names: list[str], step: int) -> None:
+        """End all ranks when one has found something."""
+        if int(self.ranks.most(len(names))[0]):
+            found = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else "".join(names) or "another rank"
+            raise TrainingFailure(
+                f"step {step}: {what} {found}: the processor or its memory errs, or something on this device does not compute"
+                " the same twice (train.verify_every). The same command goes on from the last checkpoint; if it comes again,"
+                " test the memory, undo overclocking, or train elsewhere"
+            )
 
     def _resting(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
