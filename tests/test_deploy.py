@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -466,12 +467,18 @@ class Client:
         raise AssertionError(f"no {pattern} in {self.lines}: {self.end()[1]}")
 
     def end(self) -> tuple[int, str]:
-        """Its exit code and standard error."""
-        self.lines += self.stdout.read().splitlines()
-        self.stdout.close()
+        """Its exit code and standard error; one that does not end is killed."""
+        watchdog = threading.Timer(120, self.process.kill)
+        watchdog.start()
+        try:
+            self.lines += self.stdout.read().splitlines()
+            self.stdout.close()
+            code = self.process.wait()
+        finally:
+            watchdog.cancel()
         with self.errors:
             self.errors.seek(0)
-            return self.process.wait(60), self.errors.read()
+            return code, self.errors.read()
 
 
 TINY = [

@@ -99,6 +99,19 @@ def test_measures_by_hand():
     assert Story(loop).measures().looping
 
 
+def test_invented_words_are_not_known() -> None:
+    known = {"the", "cat", "sat", "once"}
+    assert Story("Once the cat glimbled.").measures(known=known).known_words == 0.75
+    assert (
+        Story("Xyzzy the cat", prompt="Xyzzy").measures(known=known).known_words == 1.0
+    )  # the prompt is not the model's
+    assert Story("...").measures(known=known).known_words is None and Story("The cat.").measures().known_words is None
+    card = scorecard([Story("The cat glimbled."), Story("The cat.")], data=[Story("Once a cat sat.")], known=known)
+    assert card["known_words"] == pytest.approx(5 / 6) and card["data"]["known_words"] == 0.75
+    low, high = card["intervals"]["known_words"]
+    assert low <= 5 / 6 <= high
+
+
 # ── many stories ──
 
 

@@ -110,7 +110,9 @@ def is_held(path: Path) -> bool:
     """Whether a process, this one or another, holds the lock; leaves no trace. Without locks of the file system: whether the file
     is there and was changed within 20 s of this machine's clock."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(
+            path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY
+        )  # NFS locks what may be written
     except OSError:
         return False
     try:

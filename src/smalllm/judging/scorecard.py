@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 from smalllm.checkpoint import LoadedRun
 from smalllm.config import UserError
 from smalllm.data import storyworld
-from smalllm.data.shards import TokenDataset
+from smalllm.data.shards import TokenDataset, TokenSplit, within
 from smalllm.evaluation import bootstrap_interval, trained_on_storyworld, validation_texts
 from smalllm.generation import Completion, Generator, SamplingParams
 from smalllm.judging.characters import changed_pronoun, lost_name, names
@@ -35,6 +35,7 @@ STORY_SAMPLING = SamplingParams(max_tokens=1000, seed=0)
 DATA_STORIES = 500  # of the data, that are measured beside those of the model
 LOOP_WORDS = 15  # a span of so many words said twice is a loop: 0.2 % of genuine stories have one
 COPIED_TOKENS = 50
+KNOWN_TOKENS = 5_000_000  # of training text, whose words are known: some 20 MB, seconds
 LARGEST_PROMPTS = 1 << 24  # bytes of a file
 NORMAL_95 = 1.959964
 KOLMOGOROV_95 = 1.358  # of the distance between two samples of one distribution, times sqrt(n m / (n + m))
@@ -42,113 +43,14 @@ KOLMOGOROV_95 = 1.358  # of the distance between two samples of one distribution
 QUOTES = (("“", "”"), ("«", "»"))
 FINISHED = re.compile(r"""[.!?…]["'”’»)*]*\s*$""")
 WORD = re.compile(r"[\w']+")
-FUNCTION_WORDS = frozenset(
-    [
-        "a",
-        "about",
-        "after",
-        "again",
-        "all",
-        "also",
-        "an",
-        "and",
-        "any",
-        "are",
-        "as",
-        "at",
-        "be",
-        "because",
-        "been",
-        "but",
-        "by",
-        "came",
-        "can",
-        "could",
-        "day",
-        "did",
-        "do",
-        "for",
-        "from",
-        "get",
-        "go",
-        "got",
-        "had",
-        "has",
-        "have",
-        "he",
-        "her",
-        "him",
-        "his",
-        "how",
-        "i",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "just",
-        "like",
-        "little",
-        "lived",
-        "made",
-        "make",
-        "many",
-        "me",
-        "more",
-        "my",
-        "named",
-        "no",
-        "not",
-        "now",
-        "of",
-        "on",
-        "once",
-        "one",
-        "or",
-        "our",
-        "out",
-        "over",
-        "play",
-        "said",
-        "saw",
-        "she",
-        "so",
-        "some",
-        "story",
-        "tell",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "they",
-        "thing",
-        "this",
-        "time",
-        "to",
-        "too",
-        "up",
-        "upon",
-        "very",
-        "was",
-        "we",
-        "went",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "will",
-        "with",
-        "would",
-        "write",
-        "you",
-        "your",
-    ]
-)
+_FUNCTION_WORDS = """
+    a about after again all also an and any are as at be because been but by came can could day did do for from
+    get go got had has have he her him his how i if in into is it its just like little lived made make many me
+    more my named no not now of on once one or our out over play said saw she so some story tell that the their
+    them then there they thing this time to too up upon very was we went were what when where which who will with
+    would write you your
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 # ── one story ──
 
@@ -165,6 +67,7 @@ class Measures:
     sentences_finished: bool
     names_kept: bool
     pronouns_kept: bool
+    known_words: float | None = None
     ended: bool | None = None
     prompt_followed: float | None = None
     copied_tokens: int | None = None
@@ -188,8 +91,9 @@ class Story:
     def told(cls, completion: Completion) -> Story:
         return cls(completion.prompt + completion.text, completion.prompt, completion.finish_reason == "stop")
 
-    def measures(self, copy: Copy | None = None) -> Measures:
-        """All figures of this story; ``copy`` is its longest copied span, if the training data is at hand."""
+    def measures(self, copy: Copy | None = None, known: Set[str] = frozenset()) -> Measures:
+        """All figures of this story; with the training data at hand ``copy`` is its longest copied span, and ``known`` are the
+        words that it has."""
         repeat = longest_repeat(self.words)
         measured = Measures(
             mean_words=len(self.words),
@@ -200,6 +104,7 @@ class Story:
             sentences_finished=FINISHED.search(self.text) is not None,
             names_kept=lost_name(self.text) is None,
             pronouns_kept=changed_pronoun(self.text) is None,
+            known_words=share_known(WORD.findall(self.text[len(self.prompt) :].lower()), known) if known else None,
             ended=self.ended,
             prompt_followed=prompt_followed(self.prompt, self.text[len(self.prompt) :]),
         )
@@ -227,6 +132,15 @@ def longest_repeat(words: Sequence[str]) -> int:
         ngrams = _ngrams(words, middle)
         low, high = (middle, high) if len(set(ngrams)) < len(ngrams) else (low, middle - 1)
     return low
+
+
+def share_known(words: Sequence[str], known: Set[str]) -> float | None:
+    """Share of the words that are known; None of no words. Young models invent some.
+
+    >>> share_known(["a", "happiledly", "dog"], {"a", "dog", "cat"}) == 2 / 3
+    True
+    """
+    return sum(word in known for word in words) / len(words) if words else None
 
 
 def quotes_balanced(text: str) -> bool:
@@ -265,30 +179,33 @@ def scorecard(
     of_storyworld: bool = False,
     data: Sequence[Story] = (),
     copies: Callable[[Story], Copy] | None = None,
+    known: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """The object under ``stories`` of `smalllm evaluate --json`; docs/evaluation.md tells every key.
 
     ``data`` are stories of the data that the same is measured on, for the key ``data``; ``copies`` finds what a story has
-    copied from the training data.
+    copied from the training data, and ``known`` are the words that it has.
     """
     told = [copies(story) for story in stories] if copies else []
-    card, intervals = _figures(stories, told)
+    card, intervals = _figures(stories, told, known)
     if data:
         card |= _lengths(stories, data)
         name, shares = _commonest_name(stories, data)
         card |= {"commonest_name": name, "commonest_name_share": shares[0]}
         intervals["commonest_name_share"] = share_interval(shares[0], len(stories))
-        beside, spread = _figures(data, [copies(story) for story in data] if copies else [])
+        beside, spread = _figures(data, [copies(story) for story in data] if copies else [], known)
         for figures, of_data in zip((beside, spread), _variety(data[: len(stories)]), strict=True):
             figures |= of_data  # variety depends on how much there is, so of as many stories
         card["data"] = {**beside, "commonest_name_share": shares[1], "intervals": spread}
     return {**card, **(_consistency(stories, intervals) if of_storyworld else {}), "intervals": intervals}
 
 
-def _figures(stories: Sequence[Story], copies: Sequence[Copy]) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+def _figures(
+    stories: Sequence[Story], copies: Sequence[Copy], known: Set[str]
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
     """Figures and their intervals, by name."""
     copied = itertools.chain(copies, itertools.repeat(None))
-    measured = [story.measures(copy) for story, copy in zip(stories, copied, strict=False)]
+    measured = [story.measures(copy, known) for story, copy in zip(stories, copied, strict=False)]
     card: dict[str, Any] = {"count": len(stories)}
     intervals: dict[str, tuple[float, float]] = {}
     for name in (entry.name for entry in dataclasses.fields(Measures)):
@@ -416,12 +333,20 @@ def score_run(
     except UserError:
         return scorecard(stories, of_storyworld=of_storyworld)
     of_storyworld = of_storyworld or trained_on_storyworld(run)
+    tokenizer = dataset.tokenizer()
+    known = training_words(dataset.train, tokenizer)
     if not novelty:
-        return scorecard(stories, of_storyworld=of_storyworld, data=data)
-    training, tokenizer = TrainingText.of(dataset.train, dataset.manifest.vocab_size), dataset.tokenizer()
+        return scorecard(stories, of_storyworld=of_storyworld, data=data, known=known)
+    training = TrainingText.of(dataset.train, dataset.manifest.vocab_size)
     copies = partial(_copy, training=training, tokenizer=tokenizer)
-    card = scorecard(stories, of_storyworld=of_storyworld, data=data, copies=copies)
+    card = scorecard(stories, of_storyworld=of_storyworld, data=data, copies=copies, known=known)
     return card | {"searched_tokens": training.tokens, "searched_share": training.covered}
+
+
+def training_words(split: TokenSplit, tokenizer: Tokenizer) -> frozenset[str]:
+    """The words of the first documents of training, ``KNOWN_TOKENS`` at most."""
+    texts = (tokenizer.decode(ids.tolist()) for ids in within(split.iterate_documents(), KNOWN_TOKENS))
+    return frozenset(word for text in texts for word in WORD.findall(text.lower()))
 
 
 def _copy(story: Story, training: TrainingText, tokenizer: Tokenizer) -> Copy:
