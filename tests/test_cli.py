@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -337,3 +338,20 @@ def test_python_api_completes_streams_and_batches(inside: Path):
     with pytest.raises(smalllm.UserError):
         model.complete("x", no_such_option=1)
     assert smalllm.evaluate("tiny")["documents"] > 0
+
+
+def test_ctrl_c_that_compiled_code_swallows_comes_again(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    class Swallowing:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def verb(arguments: list[str]) -> int:
+        Swallowing()
+        for _ in range(500):
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr("smalllm.cli._run", verb)
+    before = sys.unraisablehook
+    assert run(["train"]) == 130 and "Traceback" not in capsys.readouterr().err
+    assert sys.unraisablehook is before

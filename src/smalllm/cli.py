@@ -7,8 +7,11 @@ import io
 import keyword
 import os
 import shutil
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from smalllm import __version__
@@ -66,7 +69,8 @@ def run(arguments: list[str]) -> int:
     SMALLLM_DEBUG is set."""
     _mend_streams()
     try:
-        code = _run(arguments)
+        with _interruptible():
+            code = _run(arguments)
         _flush(sys.stdout, "standard output")  # here, where a full disk or a reader that went away can still be told
     except (Exception, KeyboardInterrupt) as error:
         return _told(error)
@@ -79,6 +83,25 @@ def _run(arguments: list[str]) -> int:
         return 0
     result = build_app()(arguments, exit_on_error=False, print_error=False)
     return result if isinstance(result, int) else 0
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Where compiled code swallows a Ctrl-C, as pydantic's does while it makes a schema, it comes once more."""
+
+    def once_more(ignored: sys.UnraisableHookArgs) -> None:
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            return before(ignored)
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))  # not here: this too is ignored
+        again.daemon = True
+        again.start()
+
+    before = sys.unraisablehook
+    sys.unraisablehook = once_more
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _mend_streams() -> None:
