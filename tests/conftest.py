@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,14 @@ def tiny_settings(data: Path, **sections: dict) -> RunConfig:
     for section, values in sections.items():
         settings[section] = {**settings[section], **values}
     return parse_config(settings)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Until it holds; AssertionError when it does not in time."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.01)
 
 
 @pytest.fixture

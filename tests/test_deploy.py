@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import tiny_settings
+from conftest import tiny_settings, wait_for
 
 from smalllm import cli, deploy
 from smalllm.checkpoint import RunFolder
@@ -435,13 +435,6 @@ def trainer(machine: Machine, checkout: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def log(machine: Machine, name: str = "quickstart") -> list[str]:
     return (machine.there / ".deploy" / name / "log").read_text().splitlines()
-
-
-def wait_for(condition, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 class Client:

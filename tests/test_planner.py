@@ -207,7 +207,7 @@ def test_what_is_exchanged():
     assert exchanged_bytes(model, config, 2, 4) == gradient  # benchmarks/ranks.py counted 2.00 and 6.01 over all ranks
     assert 4 * exchanged_bytes(model, config, 4, 1) == pytest.approx(6.0 * gradient)
     muon = config.replace(optim={"kind": "muon"})
-    matrices = model.parameters_count() - model.embedding_parameters()
+    matrices = sum(weight.numel() for weight in model.blocks.parameters() if weight.dim() > 1)
     assert exchanged_bytes(model, muon, 2, 1) == gradient + matrices
     sharded = config.replace(train={"parallel": "fsdp"})
     assert exchanged_bytes(model, sharded, 2, 2) == 2.5 * gradient

@@ -1,6 +1,6 @@
 """What makers publish about cards that a run may be planned for: memory, bandwidth, arithmetic. Nothing here was measured by
-this project. The figures were compared with public pages of others in November 2026 and agreed, but for the bandwidth of the
-T4, which some have as 320 GB/s; a page for the bandwidths of M1 was not found.
+this project. In November 2026 most figures were found again on public pages of others and agreed, but for the bandwidth of the
+T4, which some have as 320 GB/s. Not found again: the arithmetic of RTX 3060, H100 and H200, the bandwidths of L4 and M1.
 
 Peaks are those of dense matrix products in 16-bit inputs with sums in float32, without sparsity; of Apple's, which train
 in float32 here, those of float32. Where a maker prints only float32, the peak of a GeForce is twice that: the ratio in
@@ -18,9 +18,8 @@ AMPERE = "NVIDIA Ampere GA102 GPU architecture whitepaper, 2021, and the card's 
 ADA = "NVIDIA Ada GPU architecture whitepaper, 2022, and the card's page at nvidia.com/geforce"
 APPLE = "Apple's announcement of the chip, apple.com/newsroom"
 
-
 PCIE = (5e9, 20e9)
-"""Assumed, without peer-to-peer; users report 15 to 35 GB/s for the newest ones (github.com/NVIDIA/nccl/issues/1639)."""
+"""Assumed, without peer-to-peer; users report 28 to 35 GB/s for the RTX 5090 (github.com/NVIDIA/nccl/issues/1639)."""
 NVLINK_3 = (200e9, 230e9)
 """NCCL's own test on eight A100: about 200 (github.com/NVIDIA/nccl-tests/issues/149); the upper end is assumed."""
 NVLINK_4 = (300e9, 475e9)

@@ -20,7 +20,7 @@ from smalllm.config import RunConfig, UserError
 from smalllm.data.shards import MANIFEST, Manifest
 from smalllm.model import GPT
 from smalllm.ranks import ALONE, Ranks
-from smalllm.runtime import Precision, Runtime, StepMemory, fit_memory, pick_precision, step_memory
+from smalllm.runtime import Precision, Runtime, StepMemory, fit_memory, muon_entries, pick_precision, step_memory
 from smalllm.training.setting_out import divisible
 
 REACHED = (0.4, 0.8)
@@ -323,8 +323,7 @@ def together(
     low = efficiency(tokens / alone.low, exchanged / bad)
     high = efficiency(tokens / alone.high, exchanged / good, behind)
     slow, fast = place.gpus * low * alone.low, place.gpus * high * alone.high
-    expected = place.gpus * math.sqrt(low * high) * alone.tokens_per_second
-    return Speed(min(max(expected, slow), fast), slow, fast, alone.source), (min(low, high), max(low, high))
+    return Speed(math.sqrt(slow * fast), slow, fast, alone.source), (min(low, high), max(low, high))
 
 
 BACKWARD_SHARE = 2 / 3
@@ -336,7 +335,7 @@ def exchanged_bytes(model: GPT, config: RunConfig, gpus: int, accumulation: int)
     benchmarks/ranks.py). FSDP: weights gathered for both passes of each micro-batch, gradients reduced. Muon's updates are
     gathered in bfloat16."""
     parameters = model.parameters_count()
-    of_muon = parameters - model.embedding_parameters() if config.optim.kind == "muon" else 0
+    of_muon = sum(muon_entries(model).values()) if config.optim.kind == "muon" else 0
     numbers = 4 * parameters * (2 * accumulation + 1 if config.train.parallel == "fsdp" else 2)
     return (gpus - 1) / gpus * (numbers + 2 * of_muon)
 

@@ -230,7 +230,7 @@ def step_memory(
     ``held`` is what the process holds besides the model; None: what this one does now. On a CPU within 9 % of the peak
     resident memory of the runs in docs/planning.md; not compared on a GPU yet."""
     device, heap = runtime.device.type, heap_factor(runtime)
-    parameters, matrices = model.parameters_count(), _matrices(model) if config.optim.kind == "muon" else {}
+    parameters, matrices = model.parameters_count(), muon_entries(model) if config.optim.kind == "muon" else {}
     shards = runtime.ranks.world if config.train.parallel == "fsdp" else 1
     kept = -(-parameters // shards)  # of weights, gradients and state, at this rank
     gathered = model.embedding_parameters() + 2 * (parameters // model.config.layers) if shards > 1 else 0
@@ -291,7 +291,7 @@ def _logit_bytes(model: GPT, runtime: Runtime, config: RunConfig) -> int:
     return head + chunk
 
 
-def _matrices(model: GPT) -> dict[tuple[int, int], int]:
+def muon_entries(model: GPT) -> dict[tuple[int, int], int]:
     """Entries of the blocks' matrices by shape, as Muon gathers them: stacked ones (query, key, value; gate and value)
     apart."""
     found: dict[tuple[int, int], int] = defaultdict(int)

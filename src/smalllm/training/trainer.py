@@ -353,6 +353,7 @@ class Trainer:
             )
         if checkpoint is None and self.config.train.preflight:
             self.preflight()
+        self.verifier.seal()
         self.folder.write_text(self.folder.config_file, self.config.to_toml())
         self.folder.write_text(self.folder.environment_file, json.dumps(self.environment(), indent=1) + "\n")
         self.sinks = Sinks(
@@ -429,7 +430,6 @@ class Trainer:
     def restore(self, checkpoint: Past) -> None:
         """Weights, optimizer, loss scaling and numbers as they were when the checkpoint was saved."""
         stored = checkpoint.state()
-        self.verifier.unseal()
         self._copy_weights(checkpoint)
         self.optimizer.load_state_tensors(checkpoint.optimizer())
         if self.scaler is not None and stored["scaler"]:
@@ -439,6 +439,7 @@ class Trainer:
         self.alarm.restore(self.state.alarm)
         if self.state.timer:
             self.timer.restore(self.state.timer)
+        self.verifier.seal()
 
     @torch.no_grad()
     def _copy_weights(self, checkpoint: Past) -> None:

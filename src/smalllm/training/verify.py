@@ -46,10 +46,6 @@ class Verifier:
         """Remember weights and optimizer state as they are: nothing but an update may change them now."""
         self._sealed = dict(self._resting()) if self.every else None
 
-    def unseal(self) -> None:
-        """They change now, and rightly."""
-        self._sealed = None
-
     def check_gradient(self, first: Sums, step: int) -> None:
         """TrainingFailure when the gradient is not what ``gradient`` said of the first one."""
         self._refuse("the gradient, computed twice, differs in", differing(first, self.gradient()), step)
